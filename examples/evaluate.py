@@ -13,10 +13,10 @@ puzzles that it held out:
     python examples/evaluate.py --task knights_knaves --task_kwargs '{"n_people": [3, 4, 5, 6]}' \
         --model_name_or_path outputs/qwen3-0.6b-rlad --backend vllm --num_samples 32 --k 1 8 32
 
-For mathematics take [lighteval](https://github.com/huggingface/lighteval), which has AIME and MATH-500 (0.12 or later):
+For mathematics take [lighteval](https://github.com/huggingface/lighteval), which has AIME and MATH-500 (written for 0.13):
 
     lighteval vllm "model_name=outputs/math,generation_parameters={max_new_tokens:8192,temperature:0.6,top_p:0.95}" \
-        aime24,aime25,math_500
+        aime24_avg,aime25_avg,math_500
 """
 
 import json
