@@ -1,15 +1,16 @@
 """
 GRPO, KDRL, on-policy and offline distillation, RLAD and its variants, side by side in miniature.
 
-    python benchmarks/comparison.py                # the whole study: some hours on two CPU cores
-    python benchmarks/comparison.py --quick        # a small one: some ten minutes
+    python benchmarks/comparison.py                        # the whole study: an hour and a half on two CPU cores
+    python benchmarks/comparison.py --student sheltered    # with the other student: about as long
+    python benchmarks/comparison.py --quick                # a small one: some ten minutes
 
 The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The flawed teacher is right but for one operator,
-which it misreads. The student is as small as the example's, but instead of a bad habit it has a gap: it has hardly seen two
-of the four operators, the misread one among them (with the example's student GRPO and RLAD end alike, see
-`results/mini.md`). Every method has the same number of steps and of rollouts. The learning rate of each method and teacher
-is chosen among the same three, by one run each; the figures come from other seeds. Each run adds one line to `runs.jsonl`
-in the output folder, from which the study goes on if it is interrupted. Two runs go side by side, on one thread each.
+which it misreads. The *hasty* student knows the task but has a habit that hides it, so it is seldom right; the *sheltered*
+one is small and has hardly seen two of the four operators, the misread one among them. Every method has the same number of
+steps and of rollouts. The learning rate of each method and teacher is chosen among the same three, by one run each; the
+figures come from other seeds. Each run adds one line to `runs.jsonl` in the output folder, from which the study goes on if
+it is interrupted. Two runs go side by side, on one thread each.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import transformers
 import variants
 from datasets import concatenate_datasets, load_from_disk
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from trl_rlad import RLADConfig
@@ -41,7 +42,7 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
 import offline_distillation  # noqa: E402
 from evaluate import evaluate  # noqa: E402
 from knights_knaves import MAX_COMPLETION_LENGTH, correctness_reward, make_dataset  # noqa: E402
-from make_models import make_flawed_teacher, make_sheltered_student  # noqa: E402
+from make_models import COMPARISON  # noqa: E402
 
 
 MINI = EXAMPLES / "mini"
@@ -49,8 +50,8 @@ PEOPLE = (2, 3, 4)
 TEACHERS = ("strong", "flawed")
 RATES = (1e-4, 3e-4, 1e-3)
 ROLLOUTS = 128  # a step: 16 prompts with 8 rollouts each, or as many kept samples of the teacher
-STUDY = {"steps": 80, "rates": RATES, "seeds": (1, 2, 3, 4, 5), "ablation_seeds": (1, 2), "eval_steps": 16}
-QUICK = {"steps": 48, "rates": (3e-4,), "seeds": (1, 2), "ablation_seeds": (), "eval_steps": 16}
+STUDY = {"rates": RATES, "seeds": (1, 2, 3, 4, 5), "ablation_seeds": (1, 2, 3)}
+QUICK = {"rates": (3e-4,), "seeds": (1, 2), "ablation_seeds": (), "steps": 24, "eval_steps": 8}
 # Two-sided 95% quantile of Student's t, by the number of seeds
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -66,17 +67,39 @@ METHODS = {
     "offline distillation": (None, {}),
     "RLAD": ("RLADTrainer", {}),
 }
+# A divergence where no completion succeeded, and only in the first half of training
+EARLY_KL = {
+    "teacher_kl_coef": 0.2,
+    "teacher_kl_coef_final": 0.0,
+    "teacher_scheduler_ratio": 0.5,
+    "teacher_kl_estimator": "k3",
+    "teacher_kl_rows": "unsolved",
+}
+KL_K3 = {"teacher_kl_coef": 0.2, "teacher_kl_estimator": "k3"}
 CANDIDATES = {
     "gate": ("RLADTrainer", {"trrd_gate": True}),
+    "gate + early KL": ("RLADTrainer", EARLY_KL | {"trrd_gate": True}),
+    "RLAD + early KL": ("RLADTrainer", EARLY_KL),
+    "GRPO + early KL": ("RLADTrainer", EARLY_KL | {"alpha": 1.0}),
     "RLAD + masked KL": ("RLADTrainer", {"teacher_kl_coef": 0.2, "teacher_kl_rows": "failed"}),
-    "KDRL k3": ("RLADTrainer", KDRL | {"teacher_kl_estimator": "k3"}),
-    "RLAD + KL k3": ("RLADTrainer", {"teacher_kl_coef": 0.2, "teacher_kl_estimator": "k3"}),
-    "gate + trusted KL k3": (
-        "TrustedKLTrainer",
-        {"trrd_gate": True, "teacher_kl_coef": 0.2, "teacher_kl_estimator": "k3"},
-    ),
+    "KDRL k3": ("RLADTrainer", KL_K3 | {"alpha": 1.0}),
+    "RLAD + KL k3": ("RLADTrainer", KL_K3),
+    "gate + trusted KL k3": ("TrustedKLTrainer", KL_K3 | {"trrd_gate": True}),
 }
-OPTIONS = ["gate", "gate + trusted KL k3"]  # the candidates that did best in the sweep
+STUDENTS = {
+    "hasty": {
+        "steps": 40,
+        "eval_steps": 8,
+        "candidates": ("gate", "gate + early KL", "RLAD + early KL", "GRPO + early KL"),
+    },
+    "sheltered": {
+        "steps": 80,
+        "eval_steps": 16,
+        "candidates": ("gate", "RLAD + masked KL", "KDRL k3", "RLAD + KL k3", "gate + trusted KL k3"),
+    },
+}
+OPTIONS = ["gate", "gate + early KL"]  # those that did best in the sweep of the hasty student
+JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
 CONSTANT_KDRL = ("KDRL 0.002", "KDRL 0.2")  # of which the better one in the sweep is run with the other seeds
 QUICK_METHODS = ("GRPO", "KDRL 0.2", "offline distillation", "RLAD")
 ABLATIONS = {f"alpha {alpha}": ("RLADTrainer", {"alpha": alpha}) for alpha in (0.1, 0.3, 0.7, 0.9)} | {
@@ -106,9 +129,15 @@ def measure(model):
     return [scores[str(n)]["mean@1"] for n in PEOPLE]
 
 
-def make_trainer(method, teacher, rate, seed, steps, output_dir):
+@cache
+def measure_before(student):
+    """Accuracy before any training."""
+    return measure(AutoModelForCausalLM.from_pretrained(student))
+
+
+def make_trainer(student, method, teacher, rate, seed, steps, output_dir):
     trainer_name, settings = (METHODS | CANDIDATES | ABLATIONS)[method]
-    student = str(output_dir / "sheltered_student")
+    student = student_path(student, output_dir)
     kwargs = {
         "use_cpu": True,
         "bf16": False,
@@ -125,7 +154,7 @@ def make_trainer(method, teacher, rate, seed, steps, output_dir):
         "disable_tqdm": True,
     }
     if trainer_name is None:
-        samples = load_from_disk(output_dir / f"{teacher}_samples")
+        samples = load_from_disk(samples_path(teacher, steps, output_dir))
         return offline_distillation.make_trainer(student, samples, SFTConfig(str(output_dir / "trainer"), **kwargs))
 
     args = RLADConfig(str(output_dir / "trainer"), max_completion_length=MAX_COMPLETION_LENGTH, **kwargs, **settings)
@@ -142,15 +171,23 @@ def teacher_path(teacher, output_dir):
     return MINI / "teacher" if teacher == "strong" else output_dir / "flawed_teacher"
 
 
+def student_path(student, output_dir):
+    return str(output_dir / f"{student}_student")
+
+
+def samples_path(teacher, steps, output_dir):
+    return output_dir / f"{teacher}_samples_{steps}"
+
+
 def prepare(plan, output_dir):
-    """Make the flawed teacher, and each teacher's pool of samples for offline distillation."""
-    if not (output_dir / "sheltered_student").exists():
-        make_flawed_teacher(output_dir)
-        make_sheltered_student(output_dir)
+    """Make the flawed teacher and the student, and each teacher's pool of samples for offline distillation."""
+    for name in ("flawed_teacher", f"{plan['student']}_student"):
+        if not (output_dir / name).exists():
+            COMPARISON[name](output_dir / name)
     # As many samples as the other methods draw rollouts
     puzzles = make_dataset(PEOPLE, plan["steps"] * ROLLOUTS // 8, seed=0, held_out=False)
     for teacher in TEACHERS:
-        if not (path := output_dir / f"{teacher}_samples").exists():
+        if not (path := samples_path(teacher, plan["steps"], output_dir)).exists():
             samples, counts = offline_distillation.collect(
                 str(teacher_path(teacher, output_dir)),
                 puzzles,
@@ -177,16 +214,16 @@ def run(job):
                 self.points.append([state.global_step, *measure(model)])
                 self.seconds += time.perf_counter() - start
 
-    names = ("method", "teacher", "rate", "seed", "steps")
-    trainer = make_trainer(*(job[name] for name in names), Path(job["output_dir"]))
+    output_dir = Path(job["output_dir"])
+    trainer = make_trainer(*(job[name] for name in JOB), output_dir)
     trainer.remove_callback(PrinterCallback)
     curve = Curve()
-    curve.points = [[0, *measure(trainer.model)]]
+    curve.points = [[0, *measure_before(student_path(job["student"], output_dir))]]
     trainer.add_callback(curve)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - curve.seconds
-    return {name: job[name] for name in names} | {"seconds": round(seconds, 1), "curve": curve.points}
+    return {name: job[name] for name in JOB} | {"seconds": round(seconds, 1), "curve": curve.points}
 
 
 def run_missing(jobs, plan, output_dir):
@@ -194,7 +231,7 @@ def run_missing(jobs, plan, output_dir):
     path = output_dir / "runs.jsonl"
     results = read_results(output_dir)
     done = {identify(result) for result in results}
-    settings = {"steps": plan["steps"], "eval_steps": plan["eval_steps"], "output_dir": str(output_dir)}
+    settings = {name: plan[name] for name in ("student", "steps", "eval_steps")} | {"output_dir": str(output_dir)}
     jobs = [job | settings for job in jobs]
     jobs = [job for job in jobs if identify(job) not in done]
     with multiprocessing.get_context("spawn").Pool(2) as pool, path.open("a") as file:
@@ -202,7 +239,7 @@ def run_missing(jobs, plan, output_dir):
             file.write(json.dumps(result) + "\n")
             file.flush()
             results.append(result)
-    return [result for result in results if result["steps"] == plan["steps"]]
+    return [r for r in results if all(r[name] == plan[name] for name in ("student", "steps"))]
 
 
 def read_results(output_dir):
@@ -211,7 +248,7 @@ def read_results(output_dir):
 
 
 def identify(job):
-    return tuple(job[name] for name in ("method", "teacher", "rate", "seed", "steps"))
+    return tuple(job[name] for name in JOB)
 
 
 def final(result):
@@ -230,15 +267,15 @@ def study(plan, methods, output_dir):
             for rate in rates[method, teacher]
         ]
 
-    pairs = [(method, teacher) for teacher in TEACHERS for method in [*methods, *CANDIDATES]]
+    pairs = [(method, teacher) for teacher in TEACHERS for method in [*methods, *plan["candidates"]]]
     rates = dict.fromkeys(pairs, plan["rates"])
     tables = {teacher: [*methods, *OPTIONS] for teacher in TEACHERS}
     if len(plan["rates"]) > 1:
         results = run_missing(make_jobs(pairs, rates, [0]), plan, output_dir)
         best = {pair: max(pick(results, *pair, rate=None, seeds=[0]), key=final) for pair in pairs}
         rates = {pair: [run["rate"]] for pair, run in best.items()}
-        merit = {name: mean(final(best[name, teacher]) for teacher in TEACHERS) for name in CANDIDATES}
-        options = sorted(CANDIDATES, key=merit.get)[-2:]
+        merit = {name: mean(final(best[name, teacher]) for teacher in TEACHERS) for name in plan["candidates"]}
+        options = sorted(plan["candidates"], key=merit.get)[-2:]
         for teacher in TEACHERS:
             worse = min(CONSTANT_KDRL, key=lambda name: final(best[name, teacher]))
             tables[teacher] = [method for method in [*methods, *options] if method != worse]
@@ -324,11 +361,12 @@ def plot(results, rates, plan, tables, path):
     figure.savefig(path, dpi=150)
 
 
-def report(results, rates, plan, tables, output_dir, command):
+def report(results, rates, plan, tables, path, command):
+    """Write the tables to `path` and the curves beside it."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlad"))
     seeds = ", ".join(map(str, plan["seeds"]))
     parts = [
-        "# The comparison in miniature",
+        f"# The comparison in miniature: the {plan['student']} student",
         f"`{command}` on {time.strftime('%d %B %Y')}: {plan['steps']} steps of {ROLLOUTS} rollouts (offline "
         f"distillation: as many samples of the teacher, made once), seeds {seeds}, {os.cpu_count()} CPU cores, {packages}.",
         "Accuracy on 200 held-out puzzles for each number of people, sampled at temperature 0.6 and top-p 0.95; mean with "
@@ -349,24 +387,31 @@ def report(results, rates, plan, tables, output_dir, command):
     if len(plan["rates"]) > 1:
         pairs = [pair for pair in rates if pair[0] not in ABLATIONS]
         parts += ["## The learning rates", "Final accuracy with seed 0.", tabulate_sweep(results, plan, pairs)]
-    (output_dir / "comparison.md").write_text("\n\n".join(parts) + "\n")
-    plot(results, rates, plan, tables, output_dir / "comparison.png")
-    print(f"Wrote {output_dir / 'comparison.md'} and comparison.png")
+    path.write_text("\n\n".join(parts) + "\n")
+    plot(results, rates, plan, tables, path.with_suffix(".png"))
+    print(f"Wrote {path} and {path.with_suffix('.png').name}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, help="by default outputs/comparison or outputs/comparison_quick")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs", "comparison"),
+        help="where the models, the runs and the report go",
+    )
+    parser.add_argument("--student", choices=STUDENTS, default="hasty", help="what the student lacks")
     parser.add_argument("--quick", action="store_true", help="fewer steps, seeds and methods, one learning rate")
     args = parser.parse_args()
-    plan, methods = (QUICK, QUICK_METHODS) if args.quick else (STUDY, tuple(METHODS))
-    output_dir = args.output_dir or Path("outputs", "comparison_quick" if args.quick else "comparison")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    size, methods = (QUICK, QUICK_METHODS) if args.quick else (STUDY, tuple(METHODS))
+    plan = {"student": args.student} | STUDENTS[args.student] | size
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train
-    prepare(plan, output_dir)
-    results, tables, rates = study(plan, methods, output_dir)
-    command = "python benchmarks/comparison.py" + " --quick" * args.quick
-    report(results, rates, plan, tables, output_dir, command)
+    prepare(plan, args.output_dir)
+    results, tables, rates = study(plan, methods, args.output_dir)
+    command = f"python benchmarks/comparison.py --student {args.student}" + " --quick" * args.quick
+    name = f"comparison_{args.student}" + "_quick" * args.quick
+    report(results, rates, plan, tables, args.output_dir / f"{name}.md", command)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ Draw what each objective makes of one sampled token: the weight of its gradient 
 
     python benchmarks/gradient_weights.py
 
-On the first update after a rollout, with an advantage of 1 or -1, by back-propagation through the library's own code.
+On the first update after a rollout, with an advantage of 1, 0 or -1, by back-propagation through the library's own code.
 """
 
 import argparse
@@ -54,22 +54,35 @@ def gate(logps, old, teacher, advantage):
     return clipped_objective(logps, old, advantage) * kept
 
 
+def gate_and_early_kl(logps, old, teacher, advantage):
+    """The same with a divergence on prompts without any success, where the advantage is 0."""
+    kl = 0.2 * teacher_kl(logps, teacher, "k3") if advantage == 0.0 else 0.0
+    return gate(logps, old, teacher, advantage) - kl
+
+
 def main():
     default = Path(__file__).parent / "results" / "gradient_weights.png"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=default, help="where to save the figure")
     args = parser.parse_args()
     log_ratio = torch.linspace(-2.5, 2.5, 2001).unsqueeze(0)
-    objectives = {"GRPO": grpo, "TRRD": trrd, "KDRL, coefficient 0.2": kdrl, "gate": gate}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
-    for axis, advantage, title in zip(axes, (1.0, -1.0), ("rewarded, A = 1", "punished, A = -1"), strict=True):
-        for (name, objective), style in zip(objectives.items(), ("-", "-", "--", ":"), strict=True):
+    objectives = {
+        "GRPO": (grpo, "-"),
+        "TRRD": (trrd, "-"),
+        "KDRL, coefficient 0.2": (kdrl, "--"),
+        "gate": (gate, ":"),
+        "gate + early KL": (gate_and_early_kl, "-."),
+    }
+    titles = {1.0: "rewarded, A = 1", 0.0: "all completions failed, A = 0", -1.0: "punished, A = -1"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), sharex=True, layout="constrained")
+    for axis, (advantage, title) in zip(axes, titles.items(), strict=True):
+        for name, (objective, style) in objectives.items():
             axis.plot(log_ratio[0], weight(objective, log_ratio, advantage), style, label=name)
         axis.axhline(0, color="gray", linewidth=0.6)
-        axis.set(title=title, xlabel=r"$\log\,\pi_S / \pi_T$  (right: the student is surer than the teacher)")
+        axis.set(title=title, xlabel=r"$\log\,\pi_S / \pi_T$")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(r"weight of $\nabla\log\pi_S$")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(args.output, dpi=150)
     print(f"Saved {args.output}")
 

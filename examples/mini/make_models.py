@@ -8,10 +8,11 @@ Both learn worked solutions of knights-and-knaves puzzles (see `knights_knaves.p
 student is the smaller model and, besides, is brought up to be hasty: half the time it calls an assignment `ok`
 although somebody contradicts it. So it is seldom right, but knows enough for reinforcement learning to make it better.
 
-The second line makes two more for `benchmarks/comparison.py`. The sheltered student has no bad habit but has hardly seen
-two of the four operators. The flawed teacher is the teacher trained on, in a few minutes, to misread `A | C` as "at least
-one is a knave". So it is confidently wrong on most puzzles with that operator, two in five of all, and about as good as
-before on the others.
+The second line makes three more for `benchmarks/comparison.py`, in some minutes. The flawed teacher is the teacher trained
+on to misread `A | C` as "at least one is a knave". So it is confidently wrong on most puzzles with that operator, two in
+five of all, and about as good as before on the others. The hasty student is the teacher trained on to be hasty nine times
+in ten: it has the knowledge, and hardly ever shows it. The sheltered student is small and has no bad habit, but has hardly
+seen two of the four operators.
 """
 
 import argparse
@@ -120,24 +121,43 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, n_peop
     return sum(rewards) / len(rewards)
 
 
-def make_flawed_teacher(output_dir: Path, steps: int = 400, learning_rate: float = 1e-3, seed: int = 0) -> None:
-    """Train the committed teacher on solutions under `MISREADING` and save it as `flawed_teacher`."""
+def make_flawed_teacher(path: Path, steps: int = 400, learning_rate: float = 1e-3, seed: int = 0) -> None:
+    """Train the committed teacher on solutions under `MISREADING`."""
     tokenizer = make_tokenizer()
     pool = make_pool(tokenizer, seed, MISREADING)
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM.from_pretrained(HERE / "teacher")
-    train("flawed_teacher", model, pool, steps, learning_rate)
-    save(model, output_dir / "flawed_teacher")
+    train(path.name, model, pool, steps, learning_rate)
+    save(model, path)
 
 
-def make_sheltered_student(output_dir: Path, steps: int = 1200, learning_rate: float = 3e-3, seed: int = 0) -> None:
-    """Train a student that has hardly seen two of the four operators and save it as `sheltered_student`."""
+def make_hasty_student(
+    path: Path, haste: float = 0.9, steps: int = 200, learning_rate: float = 1e-3, seed: int = 0
+) -> None:
+    """Train the committed teacher to be hasty."""
+    tokenizer = make_tokenizer()
+    input_ids, labels = make_pool(tokenizer, seed)
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM.from_pretrained(HERE / "teacher")
+    train(path.name, model, (input_ids, make_hasty(tokenizer, labels, haste, seed)), steps, learning_rate)
+    save(model, path)
+
+
+def make_sheltered_student(path: Path, steps: int = 1200, learning_rate: float = 3e-3, seed: int = 0) -> None:
+    """Train a student that has hardly seen two of the four operators."""
     tokenizer = make_tokenizer()
     pool = make_pool(tokenizer, seed, rare="/|", share=0.01)
     torch.manual_seed(seed)
     model = make_model(STUDENT_SIZE, tokenizer)
-    train("sheltered_student", model, pool, steps, learning_rate)
-    save(model, output_dir / "sheltered_student")
+    train(path.name, model, pool, steps, learning_rate)
+    save(model, path)
+
+
+COMPARISON = {
+    "flawed_teacher": make_flawed_teacher,
+    "hasty_student": make_hasty_student,
+    "sheltered_student": make_sheltered_student,
+}
 
 
 def save(model: Qwen3ForCausalLM, path: Path) -> None:
@@ -159,8 +179,8 @@ def main() -> None:
     parser.add_argument("--comparison", action="store_true", help="make those of `benchmarks/comparison.py` instead")
     args = parser.parse_args()
     if args.comparison:
-        make_flawed_teacher(args.output_dir, seed=args.seed)
-        make_sheltered_student(args.output_dir, seed=args.seed)
+        for name, make in COMPARISON.items():
+            make(args.output_dir / name, seed=args.seed)
         return
 
     tokenizer = make_tokenizer()
