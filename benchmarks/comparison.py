@@ -98,7 +98,7 @@ STUDENTS = {
         "candidates": ("gate", "RLAD + masked KL", "KDRL k3", "RLAD + KL k3", "gate + trusted KL k3"),
     },
 }
-OPTIONS = ["gate", "gate + early KL"]  # those that did best in the sweep of the hasty student
+OPTIONS = ["RLAD + early KL", "GRPO + early KL"]  # the candidates that did best in the sweep of the hasty student
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
 CONSTANT_KDRL = ("KDRL 0.002", "KDRL 0.2")  # of which the better one in the sweep is run with the other seeds
 QUICK_METHODS = ("GRPO", "KDRL 0.2", "offline distillation", "RLAD")
