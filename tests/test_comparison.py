@@ -9,6 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import comparison
+import mistakes
+import variants
+
+from trl_rlad import RLADConfig
 
 
 PLAN = {
@@ -82,3 +86,33 @@ def test_the_report(asked, tmp_path):
 def test_first_step_that_reaches_a_target():
     runs = [{"curve": [[0, 0.0], [2, 0.4], [4, 0.6]]}, {"curve": [[0, 0.2], [2, 0.6], [4, 0.8]]}]
     assert [comparison.steps_to(runs, target) for target in (0.1, 0.5, 0.51, 0.9)] == [0, 2, 4, None]
+
+
+def test_every_method_is_well_formed(tmp_path):
+    for trainer, settings in (comparison.METHODS | comparison.CANDIDATES | comparison.ABLATIONS).values():
+        if trainer is not None:
+            RLADConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+            assert hasattr(variants, trainer)
+    for plan in comparison.STUDENTS.values():
+        assert set(plan["candidates"]) <= set(comparison.CANDIDATES)
+    for plan in [*comparison.STUDENTS.values(), comparison.QUICK]:
+        assert plan["steps"] % plan["eval_steps"] == 0  # or the end isn't measured
+    assert set(comparison.OPTIONS) <= set(comparison.CANDIDATES)
+    assert set(comparison.QUICK_METHODS) <= set(comparison.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        ("kk A kn ok", "right"),
+        ("kk ok", "`ok` too early"),
+        ("kk A kn ok nk", "other"),
+        ("kk A kn B nk ok", "`ok` missed"),
+        ("kk A kn", "`ok` missed"),
+        ("kk B kn ok", "wrong name"),
+        ("kk A nk ok", "other"),
+        ("", "other"),
+    ],
+)
+def test_first_mistake(completion, kind):
+    assert mistakes.classify(completion, "kk A kn ok") == kind
