@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -57,8 +58,13 @@ def time_limit(seconds: float, call: str) -> Iterator[None]:
 
     def give_up():
         try:
-            print(f"Rank {rank} has not ended {call} within {seconds:g} s. It is here:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback()
+            with tempfile.TemporaryFile("w+") as file:
+                faulthandler.dump_traceback(file)
+                file.seek(0)
+                report = f"Rank {rank} has not ended {call} within {seconds:g} s. It is here:\n{file.read()}"
+            # In one piece: the ranks share a stderr, and all of them may report at once
+            sys.stderr.write(report)
+            sys.stderr.flush()
             time.sleep(GRACE)
         finally:
             os._exit(1)
