@@ -51,7 +51,6 @@ TEACHERS = ("strong", "flawed")
 RATES = (1e-4, 3e-4, 1e-3)
 ROLLOUTS = 128  # a step: 16 prompts with 8 rollouts each, or as many kept samples of the teacher
 STUDY = {"rates": RATES, "seeds": (1, 2, 3, 4, 5), "ablation_seeds": (1, 2, 3)}
-QUICK = {"rates": (3e-4,), "seeds": (1, 2), "ablation_seeds": (), "steps": 24, "eval_steps": 8}
 # Two-sided 95% quantile of Student's t, by the number of seeds
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -85,21 +84,40 @@ CANDIDATES = {
     "KDRL k3": ("RLADTrainer", KL_K3 | {"alpha": 1.0}),
     "RLAD + KL k3": ("RLADTrainer", KL_K3),
     "gate + trusted KL k3": ("TrustedKLTrainer", KL_K3 | {"trrd_gate": True}),
+    "RLAD, alpha 0.1 to 1": ("RLADTrainer", {"alpha": 0.1, "alpha_final": 1.0}),
+    "credit": ("CreditTrainer", {"teacher_log_ratio_clip": 2.0}),
 }
 STUDENTS = {
     "hasty": {
         "steps": 40,
         "eval_steps": 8,
-        "candidates": ("gate", "gate + early KL", "RLAD + early KL", "GRPO + early KL"),
+        "candidates": (
+            "gate",
+            "RLAD + early KL",
+            "gate + early KL",
+            "GRPO + early KL",
+            "RLAD, alpha 0.1 to 1",
+            "credit",
+        ),
     },
     "sheltered": {
         "steps": 80,
         "eval_steps": 16,
-        "candidates": ("gate", "RLAD + masked KL", "KDRL k3", "RLAD + KL k3", "gate + trusted KL k3"),
+        "candidates": (
+            "gate",
+            "RLAD + early KL",
+            "RLAD + masked KL",
+            "KDRL k3",
+            "RLAD + KL k3",
+            "gate + trusted KL k3",
+            "RLAD, alpha 0.1 to 1",
+            "credit",
+        ),
     },
 }
-OPTIONS = ["RLAD + early KL", "GRPO + early KL"]  # the candidates that did best in the sweep of the hasty student
+OPTIONS = ("gate", "RLAD + early KL")  # the candidates that users are pointed to: in the plot and the quick study
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
+QUICK = {"rates": (3e-4,), "seeds": (1, 2), "ablation_seeds": (), "steps": 24, "eval_steps": 8, "candidates": OPTIONS}
 CONSTANT_KDRL = ("KDRL 0.002", "KDRL 0.2")  # of which the better one in the sweep is run with the other seeds
 QUICK_METHODS = ("GRPO", "KDRL 0.2", "offline distillation", "RLAD")
 ABLATIONS = {f"alpha {alpha}": ("RLADTrainer", {"alpha": alpha}) for alpha in (0.1, 0.3, 0.7, 0.9)} | {
@@ -267,18 +285,15 @@ def study(plan, methods, output_dir):
             for rate in rates[method, teacher]
         ]
 
-    pairs = [(method, teacher) for teacher in TEACHERS for method in [*methods, *plan["candidates"]]]
+    tables = {teacher: [*methods, *plan["candidates"]] for teacher in TEACHERS}
+    pairs = [(method, teacher) for teacher in TEACHERS for method in tables[teacher]]
     rates = dict.fromkeys(pairs, plan["rates"])
-    tables = {teacher: [*methods, *OPTIONS] for teacher in TEACHERS}
     if len(plan["rates"]) > 1:
         results = run_missing(make_jobs(pairs, rates, [0]), plan, output_dir)
         best = {pair: max(pick(results, *pair, rate=None, seeds=[0]), key=final) for pair in pairs}
         rates = {pair: [run["rate"]] for pair, run in best.items()}
-        merit = {name: mean(final(best[name, teacher]) for teacher in TEACHERS) for name in plan["candidates"]}
-        options = sorted(plan["candidates"], key=merit.get)[-2:]
-        for teacher in TEACHERS:
-            worse = min(CONSTANT_KDRL, key=lambda name: final(best[name, teacher]))
-            tables[teacher] = [method for method in [*methods, *options] if method != worse]
+        for teacher, table in tables.items():
+            table.remove(min(CONSTANT_KDRL, key=lambda name: final(best[name, teacher])))
     pairs = [(method, teacher) for teacher in TEACHERS for method in tables[teacher]]
     ablations = [(name, "strong") for name in ABLATIONS]
     rates |= dict.fromkeys(ablations, rates["RLAD", "strong"])
@@ -342,7 +357,8 @@ def plot(results, rates, plan, tables, path):
     """Mean accuracy over the steps, with a band of 95%."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, teacher in zip(axes, TEACHERS, strict=True):
-        for index, method in enumerate(tables[teacher]):
+        shown = [method for method in tables[teacher] if method in METHODS or method in OPTIONS]
+        for index, method in enumerate(shown):
             rate = rates[method, teacher]
             runs = pick(results, method, teacher, rate, plan["seeds"])
             steps = [point[0] for point in runs[0]["curve"]]

@@ -1,5 +1,7 @@
 """What was tried to better the paper's objective and is no setting of the library: `RLADTrainer` with one thing changed."""
 
+import torch
+
 from trl_rlad import RLADTrainer
 
 
@@ -15,3 +17,13 @@ class TrustedKLTrainer(RLADTrainer):
         unsolved = ~succeeded.view(-1, self.num_generations).any(1)
         rows = ((likes > 0.0) | unsolved).repeat_interleave(self.num_generations)
         return {**batch, "teacher_kl_rows": batch["teacher_kl_rows"] & rows}
+
+
+class CreditTrainer(RLADTrainer):
+    """GRPO whose advantage is weighted by `(pi_T / pi_S)^((1 - alpha) sign A)`: TRRD's weight, turned round."""
+
+    def get_anchor(self, per_token_logps, old_per_token_logps, batch):
+        clip, advantages = self.trrd.teacher_log_ratio_clip, batch["advantages"].unsqueeze(1)
+        log_ratio = (batch["teacher_per_token_logps"] - per_token_logps.detach()).clamp(-clip, clip)
+        weight = torch.where(batch["teacher_mask"], (1 - self.trrd.alpha) * log_ratio * advantages.sign(), 0.0).exp()
+        batch["advantages"] = advantages * weight
