@@ -1,8 +1,8 @@
 """
 GRPO, KDRL, on-policy and offline distillation, RLAD and its variants, side by side in miniature.
 
-    python benchmarks/comparison.py                        # the whole study: an hour and a half on two CPU cores
-    python benchmarks/comparison.py --student sheltered    # with the other student: about as long
+    python benchmarks/comparison.py                        # the whole study: two hours on two CPU cores
+    python benchmarks/comparison.py --student sheltered    # with the other student: an hour and a half
     python benchmarks/comparison.py --quick                # two of its seeds and six of its methods: ten minutes
 
 The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The flawed teacher is right but for one operator,
@@ -50,7 +50,6 @@ PEOPLE = (2, 3, 4)
 TEACHERS = ("strong", "flawed")
 RATES = (1e-4, 3e-4, 1e-3)
 ROLLOUTS = 128  # a step: 16 prompts with 8 rollouts each, or as many kept samples of the teacher
-STUDY = {"rates": RATES, "seeds": (1, 2, 3, 4, 5), "ablation_seeds": (1, 2, 3)}
 # Two-sided 95% quantile of Student's t, by the number of seeds
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -75,22 +74,28 @@ EARLY_KL = {
     "teacher_kl_rows": "unsolved",
 }
 KL_K3 = {"teacher_kl_coef": 0.2, "teacher_kl_estimator": "k3"}
+CREDIT = {"teacher_credit": True}
 CANDIDATES = {
-    "gate": ("RLADTrainer", {"trrd_gate": True}),
-    "gate + early KL": ("RLADTrainer", EARLY_KL | {"trrd_gate": True}),
+    "gate": ("GateTrainer", {}),
+    "gate + early KL": ("GateTrainer", EARLY_KL),
     "RLAD + early KL": ("RLADTrainer", EARLY_KL),
     "GRPO + early KL": ("RLADTrainer", EARLY_KL | {"alpha": 1.0}),
     "RLAD + masked KL": ("RLADTrainer", {"teacher_kl_coef": 0.2, "teacher_kl_rows": "failed"}),
     "KDRL k3": ("RLADTrainer", KL_K3 | {"alpha": 1.0}),
     "RLAD + KL k3": ("RLADTrainer", KL_K3),
-    "gate + trusted KL k3": ("TrustedKLTrainer", KL_K3 | {"trrd_gate": True}),
+    "gate + trusted KL k3": ("TrustedKLTrainer", KL_K3),
     "RLAD, alpha 0.1 to 1": ("RLADTrainer", {"alpha": 0.1, "alpha_final": 1.0}),
-    "credit": ("CreditTrainer", {"teacher_log_ratio_clip": 2.0}),
+    "credit": ("RLADTrainer", CREDIT),
+    "credit, clamp 2": ("RLADTrainer", CREDIT | {"teacher_log_ratio_clip": 2.0}),
+    "gate + credit": ("GateTrainer", CREDIT | {"teacher_log_ratio_clip": 2.0}),
 }
 STUDENTS = {
     "hasty": {
         "steps": 40,
         "eval_steps": 8,
+        "rates": RATES,
+        "seeds": (1, 2, 3, 4, 5, 6, 7, 8),
+        "ablation_seeds": (1, 2, 3, 4, 5),
         "candidates": (
             "gate",
             "RLAD + early KL",
@@ -98,11 +103,16 @@ STUDENTS = {
             "GRPO + early KL",
             "RLAD, alpha 0.1 to 1",
             "credit",
+            "credit, clamp 2",
+            "gate + credit",
         ),
     },
     "sheltered": {
         "steps": 80,
         "eval_steps": 16,
+        "rates": RATES,
+        "seeds": (1, 2, 3, 4, 5),
+        "ablation_seeds": (1, 2, 3),
         "candidates": (
             "gate",
             "RLAD + early KL",
@@ -112,17 +122,23 @@ STUDENTS = {
             "gate + trusted KL k3",
             "RLAD, alpha 0.1 to 1",
             "credit",
+            "credit, clamp 2",
+            "gate + credit",
         ),
     },
 }
-OPTIONS = ("gate", "RLAD + early KL")  # the candidates that users are pointed to: in the plot and the quick study
+OPTIONS = ("credit", "RLAD + early KL")  # the candidates that users are pointed to: in the plot and the quick study
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
 QUICK = {"rates": (3e-4,), "seeds": (1, 2), "ablation_seeds": (), "candidates": OPTIONS}
 CONSTANT_KDRL = ("KDRL 0.002", "KDRL 0.2")  # of which the better one in the sweep is run with the other seeds
 QUICK_METHODS = ("GRPO", "KDRL 0.2", "offline distillation", "RLAD")
-ABLATIONS = {f"alpha {alpha}": ("RLADTrainer", {"alpha": alpha}) for alpha in (0.1, 0.3, 0.7, 0.9)} | {
-    f"clamp {clip}": ("RLADTrainer", {"teacher_log_ratio_clip": clip}) for clip in (None, 0.5, 2.0)
+# With the strong teacher and at the rate of the method that they vary
+ABLATIONS = {
+    "RLAD": {f"alpha {alpha}": ("RLADTrainer", {"alpha": alpha}) for alpha in (0.1, 0.3, 0.7, 0.9)}
+    | {f"clamp {clip}": ("RLADTrainer", {"teacher_log_ratio_clip": clip}) for clip in (None, 0.5, 2.0)},
+    "credit": {f"credit, alpha {alpha}": ("RLADTrainer", CREDIT | {"alpha": alpha}) for alpha in (0.1, 0.3, 0.7, 0.9)},
 }
+ALL = METHODS | CANDIDATES | ABLATIONS["RLAD"] | ABLATIONS["credit"]
 
 
 @cache
@@ -154,7 +170,7 @@ def measure_before(student):
 
 
 def make_trainer(student, method, teacher, rate, seed, steps, output_dir):
-    trainer_name, settings = (METHODS | CANDIDATES | ABLATIONS)[method]
+    trainer_name, settings = ALL[method]
     student = student_path(student, output_dir)
     kwargs = {
         "use_cpu": True,
@@ -295,8 +311,10 @@ def study(plan, methods, output_dir):
         for teacher, table in tables.items():
             table.remove(min(CONSTANT_KDRL, key=lambda name: final(best[name, teacher])))
     pairs = [(method, teacher) for teacher in TEACHERS for method in tables[teacher]]
-    ablations = [(name, "strong") for name in ABLATIONS]
-    rates |= dict.fromkeys(ablations, rates["RLAD", "strong"])
+    ablations = []
+    if plan["ablation_seeds"]:
+        ablations = [(name, "strong") for names in ABLATIONS.values() for name in names]
+        rates |= {(name, "strong"): rates[base, "strong"] for base, names in ABLATIONS.items() for name in names}
     jobs = make_jobs(pairs, rates, plan["seeds"]) + make_jobs(ablations, rates, plan["ablation_seeds"])
     return run_missing(jobs, plan, output_dir), tables, {pair: chosen[0] for pair, chosen in rates.items()}
 
@@ -393,15 +411,15 @@ def report(results, rates, plan, tables, path, command):
         table = tabulate(results, rates, plan, tables[teacher], teacher, plan["seeds"])
         parts += [f"## {teacher.capitalize()} teacher", table]
     if plan["ablation_seeds"]:
-        names = list(ABLATIONS)
-        table = tabulate(results, rates, plan, ["RLAD", *names], "strong", plan["ablation_seeds"])
+        names = [name for base, names in ABLATIONS.items() for name in (base, *names)]
+        seeds = ", ".join(map(str, plan["ablation_seeds"]))
         parts += [
-            "## RLAD's own settings",
-            f"Defaults: alpha 0.5, clamp 1. Strong teacher, seeds {', '.join(map(str, plan['ablation_seeds']))}.",
-            table,
+            "## Alpha and the clamp",
+            f"RLAD and credit have alpha 0.5 and clamp 1. Strong teacher, seeds {seeds}.",
+            tabulate(results, rates, plan, names, "strong", plan["ablation_seeds"]),
         ]
     if len(plan["rates"]) > 1:
-        pairs = [pair for pair in rates if pair[0] not in ABLATIONS]
+        pairs = [pair for pair in rates if pair[0] in METHODS | CANDIDATES]
         parts += ["## The learning rates", "Final accuracy with seed 0.", tabulate_sweep(results, plan, pairs)]
     path.write_text("\n\n".join(parts) + "\n")
     plot(results, rates, plan, tables, path.with_suffix(".png"))
@@ -419,7 +437,7 @@ def main():
     parser.add_argument("--student", choices=STUDENTS, default="hasty", help="what the student lacks")
     parser.add_argument("--quick", action="store_true", help="two seeds, one learning rate and fewer methods")
     args = parser.parse_args()
-    size, methods = (QUICK, QUICK_METHODS) if args.quick else (STUDY, tuple(METHODS))
+    size, methods = (QUICK, QUICK_METHODS) if args.quick else ({}, tuple(METHODS))
     plan = {"student": args.student} | STUDENTS[args.student] | size
     args.output_dir.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train

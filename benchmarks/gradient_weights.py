@@ -14,7 +14,6 @@ import torch
 
 from trl_rlad import TRRDLoss
 from trl_rlad.teacher_kl import teacher_kl
-from trl_rlad.trrd import clip_causes
 
 
 EPSILON_LOW, EPSILON_HIGH = 0.2, 0.28
@@ -46,18 +45,16 @@ def kdrl(logps, old, teacher, advantage):
     return clipped_objective(logps, old, advantage) - 0.2 * teacher_kl(logps, teacher, "k2")
 
 
-def gate(logps, old, teacher, advantage):
-    """TRRD's ratio decides which tokens are dropped, GRPO's carries the gradient."""
-    anchor, _ = TRRDLoss(alpha=0.5)(logps, old, teacher, torch.ones_like(old))
-    causes = clip_causes(logps - anchor, logps - old, torch.tensor([[advantage]]), EPSILON_LOW, EPSILON_HIGH)
-    kept = ~(causes["high_by_teacher"] | causes["low_by_teacher"])
-    return clipped_objective(logps, old, advantage) * kept
+def credit(logps, old, teacher, advantage):
+    anchor, _ = TRRDLoss(alpha=0.5)(old, old, teacher, torch.ones_like(old))
+    sign = (advantage > 0) - (advantage < 0)
+    return clipped_objective(logps, old, advantage * ((anchor - old) * sign).exp())
 
 
-def gate_and_early_kl(logps, old, teacher, advantage):
-    """The same with a divergence on prompts without any success, where the advantage is 0."""
+def early_kl(logps, old, teacher, advantage):
+    """TRRD with a divergence on prompts without any success, where the advantage is 0."""
     kl = 0.2 * teacher_kl(logps, teacher, "k3") if advantage == 0.0 else 0.0
-    return gate(logps, old, teacher, advantage) - kl
+    return trrd(logps, old, teacher, advantage) - kl
 
 
 def main():
@@ -70,8 +67,8 @@ def main():
         "GRPO": (grpo, "-"),
         "TRRD": (trrd, "-"),
         "KDRL, coefficient 0.2": (kdrl, "--"),
-        "gate": (gate, ":"),
-        "gate + early KL": (gate_and_early_kl, "-."),
+        "credit": (credit, "-"),
+        "TRRD + early KL": (early_kl, ":"),
     }
     titles = {1.0: "rewarded, A = 1", 0.0: "all completions failed, A = 0", -1.0: "punished, A = -1"}
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), sharex=True, layout="constrained")

@@ -21,12 +21,13 @@ PLAN = {
     "eval_steps": 2,
     "rates": (1e-4, 3e-4),
     "seeds": (1, 2),
-    "ablation_seeds": (),
-    "candidates": ("gate", "KDRL k3"),
+    "ablation_seeds": (1, 2),
+    "candidates": ("gate", "credit"),
 }
 BONUS = {  # in final accuracy
     ("KDRL 0.2", "strong"): 0.02,
     ("KDRL 0.002", "flawed"): 0.02,
+    ("credit, alpha 0.1", "strong"): 0.2,
 }
 METHODS = ("GRPO", "KDRL 0.002", "KDRL 0.2", "RLAD")
 
@@ -59,11 +60,11 @@ def test_the_study_sweeps_chooses_and_goes_on_where_it_was(asked, tmp_path):
     assert sum(seed == 0 for *_, seed in asked) == 2 * (1 + 2 * (3 + 2))
     # The better constant KDRL for each teacher
     assert tables == {
-        "strong": ["GRPO", "KDRL 0.2", "RLAD", "gate", "KDRL k3"],
-        "flawed": ["GRPO", "KDRL 0.002", "RLAD", "gate", "KDRL k3"],
+        "strong": ["GRPO", "KDRL 0.2", "RLAD", "gate", "credit"],
+        "flawed": ["GRPO", "KDRL 0.002", "RLAD", "gate", "credit"],
     }
     assert set(rates.values()) == {3e-4}
-    assert sum(seed > 0 for *_, seed in asked) == 2 * (1 + 2 * 4)
+    assert sum(seed > 0 for *_, seed in asked) == 2 * (1 + 2 * 4 + 4 + 7)
     assert all(rate == 3e-4 for *_, rate, seed in asked if seed > 0)
     asked.clear()
     assert comparison.study(PLAN, METHODS, tmp_path)[0] == results and not asked
@@ -74,8 +75,9 @@ def test_the_report(asked, tmp_path):
     comparison.report(results, rates, PLAN, tables, tmp_path / "comparison.md", "command")
     text = (tmp_path / "comparison.md").read_text()
     # Seeds 1 and 2: 61% and 62%, with a standard deviation of 0.0071, so that 12.71 * 0.0071 / 2**0.5 = 6.4%
-    assert text.count("| RLAD | 0.0003 | 61.5% | 61.5% | 61.5% | 61.5% ± 6.4% | 4 |") == 2
-    assert text.count("| before | | 10.0% | 10.0% | 10.0% | 10.0% | |") == 2
+    assert text.count("| RLAD | 0.0003 | 61.5% | 61.5% | 61.5% | 61.5% ± 6.4% | 4 |") == 3
+    assert text.count("| before | | 10.0% | 10.0% | 10.0% | 10.0% | |") == 3
+    assert text.count("| credit, alpha 0.1 | 0.0003 | 81.5% | 81.5% |") == 1
     assert text.count("| GRPO | none | 50.0% | 60.0% |") == 1
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
@@ -86,7 +88,7 @@ def test_first_step_that_reaches_a_target():
 
 
 def test_every_method_is_well_formed(tmp_path):
-    for trainer, settings in (comparison.METHODS | comparison.CANDIDATES | comparison.ABLATIONS).values():
+    for trainer, settings in comparison.ALL.values():
         if trainer is not None:
             RLADConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
             assert hasattr(variants, trainer)

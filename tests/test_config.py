@@ -22,7 +22,7 @@ def test_nothing_else_differs_from_grpo():
     assert ours.keys() - theirs.keys() == {
         "alpha",
         "alpha_final",
-        "trrd_gate",
+        "teacher_credit",
         "teacher_kl_coef",
         "teacher_kl_coef_final",
         "teacher_kl_estimator",

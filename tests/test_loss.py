@@ -149,11 +149,12 @@ def test_the_gradient_depends_on_the_teacher(make_trainer):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_rows_without_advantage_contribute_nothing(make_trainer, loss_type, level):
+@pytest.mark.parametrize("credit", [False, True])
+def test_rows_without_advantage_contribute_nothing(make_trainer, loss_type, level, credit):
     batch = make_batch()
     batch["teacher_per_token_logps"][2] = float("nan")
     logps = make_logps(batch)
-    trainer = make_trainer(logps, loss_type=loss_type, importance_sampling_level=level)
+    trainer = make_trainer(logps, loss_type=loss_type, importance_sampling_level=level, teacher_credit=credit)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     assert loss.isfinite() and logps.grad.isfinite().all()
@@ -229,10 +230,11 @@ def test_two_sided_clipping_bounds_the_trrd_ratio(make_trainer):
     assert not logps.grad.any()
 
 
-def test_the_buffered_batch_is_not_written_to(make_trainer):
+@pytest.mark.parametrize("credit", [False, True])
+def test_the_buffered_batch_is_not_written_to(make_trainer, credit):
     batch = make_batch()
     before = {key: value.clone() for key, value in batch.items()}
-    trainer = make_trainer(make_logps(batch), beta=BETA, off_policy_mask_threshold=1.0)
+    trainer = make_trainer(make_logps(batch), beta=BETA, off_policy_mask_threshold=1.0, teacher_credit=credit)
     losses = [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
     assert losses[0] == losses[1]
     assert batch.keys() == before.keys()
@@ -269,48 +271,46 @@ def test_metrics_of_a_batch_without_teacher_are_left_out(make_trainer):
     assert logs["teacher/log_ratio"] is None and logs["clip_ratio/high_by_teacher"] == 0.0
 
 
-def reference_gate(logps, batch, level):
-    """GRPO in float64, without the tokens (or sequences) that TRRD's ratio would clip and GRPO's wouldn't."""
+def reference_credit(logps, batch, level):
+    """GRPO in float64, the advantage of each token multiplied by exp(+-0.5 clamp(log pi_T - log pi_old, -1, 1))."""
     logps = logps.detach().double().requires_grad_()
     loss = 0.0
     for i in range(B):
         tokens = range(int(batch["completion_mask"][i].sum()))
-        old = [logps[i, t] - batch["old_per_token_logps"][i, t].double() for t in tokens]
-        trrd = [
-            reference_log_ratio(logps[i, t], *(batch[f"{who}_per_token_logps"][i, t].double() for who in ("old", "teacher")), 0.5, 1.0)
-            if batch["teacher_mask"][i, t]
-            else old[t]
-            for t in tokens
-        ]  # fmt: skip
+        ratios = [(logps[i, t] - batch["old_per_token_logps"][i, t].double()).exp() for t in tokens]
         if level == "sequence":
-            old, trrd = ([sum(ratios) / len(tokens)] * len(tokens) for ratios in (old, trrd))
-        advantage = batch["advantages"][i].double()
-        for t in tokens:
-            ratio, gate = old[t].exp(), trrd[t].exp().item()
-            if not (gate > 1 + HIGH if advantage > 0 else gate < 1 - LOW):
-                clipped = ratio.clamp(1 - LOW, 1 + HIGH)
-                loss = loss - torch.min(ratio * advantage, clipped * advantage) / len(tokens) / B
+            ratios = [torch.stack(ratios).log().mean().exp()] * len(tokens)
+        for t, ratio in zip(tokens, ratios, strict=True):
+            advantage = batch["advantages"][i].double()
+            if batch["teacher_mask"][i, t]:
+                teacher, old = (batch[f"{who}_per_token_logps"][i, t].item() for who in ("teacher", "old"))
+                likes = math.exp(0.5 * min(max(teacher - old, -1.0), 1.0))
+                advantage = advantage * likes if advantage > 0 else advantage / likes
+            token = torch.min(ratio * advantage, ratio.clamp(1 - LOW, 1 + HIGH) * advantage)
+            loss = loss - token / len(tokens) / B
     loss.backward()
-    return logps.grad
+    return loss.detach(), logps.grad
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_gate_drops_what_trrd_clips_and_leaves_grpo_to_the_rest(make_trainer, level):
+def test_credit_goes_where_the_teacher_agrees_with_the_reward(make_trainer, level):
     batch = make_batch()
     logps = make_logps(batch)
-    trainer = make_trainer(logps, trrd_gate=True, importance_sampling_level=level)
-    trainer.compute_loss(trainer.model, batch).backward()
-    expected = reference_gate(logps, batch, level)
-    torch.testing.assert_close(logps.grad.double(), expected, rtol=1e-6, atol=1e-6)
-
-    grpo_logps = make_logps(batch)
-    trainer = make_trainer(grpo_logps, alpha=1.0, importance_sampling_level=level)
-    trainer.compute_loss(trainer.model, batch).backward()
-    kept = logps.grad != 0
-    assert torch.equal(logps.grad[kept], grpo_logps.grad[kept]) and 0 < kept.sum() < (grpo_logps.grad != 0).sum()
+    trainer = make_trainer(logps, teacher_credit=True, importance_sampling_level=level)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    expected_loss, expected_grad = reference_credit(logps, batch, level)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logps.grad.double(), expected_grad, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
-def test_the_gate_needs_a_loss_that_clips(make_trainer, loss_type):
-    with pytest.raises(ValueError, match=f"`loss_type='{loss_type}'` doesn't clip"):
-        make_trainer(trrd_gate=True, loss_type=loss_type)
+def test_credit_without_disagreement_is_grpo(make_trainer):
+    batch = make_batch()
+    batch["teacher_per_token_logps"] = batch["old_per_token_logps"]
+    gradients = []
+    for settings in ({"teacher_credit": True}, {"alpha": 1.0}):
+        logps = make_logps(batch)
+        trainer = make_trainer(logps, **settings)
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients.append(logps.grad)
+    assert torch.equal(*gradients)

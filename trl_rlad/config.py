@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from ._trl import CLIPPED_LOSS_TYPES
 from .schedule import SCHEDULER_TYPES, scheduled
 from .teacher_kl import teacher_kl
 
@@ -46,9 +45,9 @@ class RLADConfig(GRPOConfig):
             B). `None`, or `inf` on the command line, applies no bound.
         alpha_final (`float`, *optional*):
             Value that `alpha` moves to, see `teacher_scheduler_type`. `None` keeps it.
-        trrd_gate (`bool`, *optional*, defaults to `False`):
-            Whether TRRD only decides which tokens are dropped, and GRPO's ratio carries the gradient of the others, see
-            `docs/trrd.md`. Not the paper's form. It needs a `loss_type` that clips.
+        teacher_credit (`bool`, *optional*, defaults to `False`):
+            Whether the teacher, instead of entering the ratio, shares out the credit: a rewarded token's advantage is
+            multiplied by (anchor / old policy), a punished one's by its inverse, see `docs/trrd.md`. Not the paper's form.
         teacher_kl_coef (`float`, *optional*, defaults to `0.0`):
             Coefficient of a divergence from the teacher, added to the loss of each token as [`~trl.GRPOConfig`] adds
             `beta` times that from the reference model. With `alpha=1.0` this is
@@ -121,11 +120,11 @@ class RLADConfig(GRPOConfig):
     alpha_final: float | None = field(
         default=None, metadata={"help": "Value that `alpha` moves to, see `teacher_scheduler_type`. Unset: it stays."}
     )
-    trrd_gate: bool = field(
+    teacher_credit: bool = field(
         default=False,
         metadata={
-            "help": "Whether TRRD only decides which tokens are dropped, and GRPO's ratio carries the gradient of the "
-            "others. Not the paper's form."
+            "help": "Whether the teacher, instead of entering the ratio, shares out the credit: the advantage grows where "
+            "it agrees with the reward and shrinks where it doesn't. Not the paper's form."
         },
     )
     teacher_kl_coef: float = field(
@@ -229,11 +228,6 @@ class RLADConfig(GRPOConfig):
         if not 0.0 < self.teacher_scheduler_ratio <= 1.0:
             raise ValueError(
                 f"`teacher_scheduler_ratio` must be in (0, 1], a share of training, but is {self.teacher_scheduler_ratio}."
-            )
-        if self.trrd_gate and self.loss_type not in CLIPPED_LOSS_TYPES:
-            raise ValueError(
-                f"`trrd_gate=True` drops the tokens that TRRD's ratio clips, but `loss_type={self.loss_type!r}` doesn't clip. "
-                f"Set one of {CLIPPED_LOSS_TYPES}."
             )
         if self.teacher_log_ratio_clip is not None and not self.teacher_log_ratio_clip > 0.0:
             raise ValueError(

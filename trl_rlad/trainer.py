@@ -126,7 +126,7 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "The teacher scores text only, but `processing_class` is the processor of a vision-language model. For "
                 "text-only data pass its tokenizer as `processing_class`; otherwise set `alpha=1.0`."
             )
-        if self.loss_type == "vespo":
+        if self.loss_type == "vespo" and not self.args.teacher_credit:
             logger.warning(
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
                 "sum grows with the length and mutes long completions. The paper's choice is `loss_type='grpo'`."
@@ -216,13 +216,20 @@ class RLADTrainer(GuidedGRPOTrainer):
         teacher_mask = batch["teacher_mask"]
         # Under FSDP2 with bf16 the student's log-probabilities come out in bf16: TRRD compares in float32
         per_token_logps, old_per_token_logps = per_token_logps.float(), old_per_token_logps.float()
+        if self.args.teacher_credit:
+            per_token_logps = old_per_token_logps  # credit is for what was sampled, however the student moves on
         anchor, diagnostics = self.trrd(
             per_token_logps, old_per_token_logps, batch["teacher_per_token_logps"], teacher_mask
         )
         metrics = {f"teacher/{name}": (values, teacher_mask) for name, values in diagnostics.items()}
+        advantages = _two_dimensional(batch["advantages"])
 
+        if self.args.teacher_credit:
+            self.log_means(metrics)
+            batch["advantages"] = advantages * ((anchor - old_per_token_logps) * advantages.sign()).exp()
+            return None
         if self.loss_type in CLIPPED_LOSS_TYPES:
-            weights, advantages = self.loss_mask(batch), _two_dimensional(batch["advantages"])
+            weights = self.loss_mask(batch)
             log_ratios = [(per_token_logps - other).detach() for other in (anchor, old_per_token_logps)]
             if self.importance_sampling_level == "sequence":
                 log_ratios = [sequence_log_ratio(log_ratio, weights) for log_ratio in log_ratios]
@@ -230,11 +237,6 @@ class RLADTrainer(GuidedGRPOTrainer):
             causes = clip_causes(*log_ratios, advantages, self.epsilon_low, self.epsilon_high)
             metrics |= {f"clip_ratio/{name}": (clipped, weights) for name, clipped in causes.items()}
         self.log_means(metrics)
-
-        if self.args.trrd_gate:
-            dropped = causes["high_by_teacher"] | causes["low_by_teacher"]
-            batch["advantages"] = advantages.masked_fill(dropped, 0.0)
-            return None
         return anchor
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
@@ -244,7 +246,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             rows = {
                 "Teacher": self.teacher_scorer.teacher.name if self.teacher_scorer else "none",
                 "`alpha`": self.args.describe("alpha"),
-                "`trrd_gate`": self.args.trrd_gate,
+                "`teacher_credit`": self.args.teacher_credit,
                 "`teacher_log_ratio_clip`": self.trrd.teacher_log_ratio_clip,
                 "`teacher_kl_coef`": self.args.describe("teacher_kl_coef"),
                 "Dataset": dataset_name or getattr(info, "dataset_name", None) or "not named",
