@@ -93,7 +93,6 @@ STUDENTS = {
     "hasty": {
         "steps": 40,
         "eval_steps": 8,
-        "rates": RATES,
         "seeds": (1, 2, 3, 4, 5, 6, 7, 8),
         "ablation_seeds": (1, 2, 3, 4, 5),
         "candidates": (
@@ -110,7 +109,6 @@ STUDENTS = {
     "sheltered": {
         "steps": 80,
         "eval_steps": 16,
-        "rates": RATES,
         "seeds": (1, 2, 3, 4, 5),
         "ablation_seeds": (1, 2, 3),
         "candidates": (
@@ -311,10 +309,10 @@ def study(plan, methods, output_dir):
         for teacher, table in tables.items():
             table.remove(min(CONSTANT_KDRL, key=lambda name: final(best[name, teacher])))
     pairs = [(method, teacher) for teacher in TEACHERS for method in tables[teacher]]
-    ablations = []
+    ablations = {}
     if plan["ablation_seeds"]:
-        ablations = [(name, "strong") for names in ABLATIONS.values() for name in names]
-        rates |= {(name, "strong"): rates[base, "strong"] for base, names in ABLATIONS.items() for name in names}
+        ablations = {(name, "strong"): rates[base, "strong"] for base, names in ABLATIONS.items() for name in names}
+    rates |= ablations
     jobs = make_jobs(pairs, rates, plan["seeds"]) + make_jobs(ablations, rates, plan["ablation_seeds"])
     return run_missing(jobs, plan, output_dir), tables, {pair: chosen[0] for pair, chosen in rates.items()}
 
@@ -438,7 +436,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two seeds, one learning rate and fewer methods")
     args = parser.parse_args()
     size, methods = (QUICK, QUICK_METHODS) if args.quick else ({}, tuple(METHODS))
-    plan = {"student": args.student} | STUDENTS[args.student] | size
+    plan = {"student": args.student, "rates": RATES} | STUDENTS[args.student] | size
     args.output_dir.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train
     prepare(plan, args.output_dir)
