@@ -29,7 +29,7 @@ from pathlib import Path
 import rlad_grpo
 from datasets import Dataset
 from mini.knights_knaves import MAX_COMPLETION_LENGTH
-from sampling import sample
+from sampling import grade, sample
 from transformers import PreTrainedModel
 from trl import TrlParser
 
@@ -96,19 +96,6 @@ class EvaluationArguments:
         default_length = MAX_COMPLETION_LENGTH if self.task == "mini" else 2048
         self.max_completion_length = self.max_completion_length or default_length
         self.k = sorted(set(self.k or [1, self.num_samples]))
-
-
-def grade(
-    dataset: Dataset, completions: list[list[str]], reward: Callable[..., list[float]], best: float
-) -> list[list[bool]]:
-    """Whether each completion of each prompt of `dataset` earns the reward of a right answer."""
-    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
-    is_chat = not isinstance(dataset[0]["prompt"], str)
-    scores = []
-    for texts in zip(*completions, strict=True):  # the first completion of every prompt, then the second
-        texts = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else list(texts)
-        scores.append(reward(completions=texts, **columns))
-    return [[score == best for score in of_prompt] for of_prompt in zip(*scores, strict=True)]
 
 
 def evaluate(

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import rlad_grpo
 from datasets import Dataset
-from evaluate import evaluate, grade
+from evaluate import evaluate
 from rlad_grpo import MINI
-from sampling import encode_prompts, sample
+from sampling import encode_prompts, grade, sample
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 

@@ -1,6 +1,11 @@
-"""Draw completions from a model, with transformers or vLLM."""
+"""Draw completions from a model, with transformers or vLLM, and see which are right."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,3 +101,68 @@ def sample(
                 completions[index].append(text)
             bar.update(len(batch))
     return completions
+
+
+def grade(
+    dataset: Dataset, completions: list[list[str]], reward: Callable[..., list[float]], best: float
+) -> list[list[bool]]:
+    """Whether each completion of each prompt of `dataset` earns the reward of a right answer."""
+    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
+    is_chat = not isinstance(dataset[0]["prompt"], str)
+    scores = []
+    for texts in zip(*completions, strict=True):  # the first completion of every prompt, then the second
+        texts = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else list(texts)
+        scores.append(reward(completions=texts, **columns))
+    return [[score == best for score in of_prompt] for of_prompt in zip(*scores, strict=True)]
+
+
+def add_teacher_weight(
+    dataset: Dataset,
+    teacher: str,
+    reward: Callable[..., list[float]],
+    best: float,
+    num_samples: int,
+    path: Path,
+    **sampling,
+) -> Dataset:
+    """
+    Adds the column `teacher_weight`, by which the `RLADTrainer` lets a teacher have its say where it can be believed: the
+    share of its answers to each prompt that are right.
+
+    Args:
+        dataset (`Dataset`):
+            Puzzles, with the column `prompt` and those that the reward reads.
+        teacher (`str`):
+            Name or path of the teacher.
+        reward (`Callable`):
+            Reward function in TRL's form.
+        best (`float`):
+            Reward of a right answer.
+        num_samples (`int`):
+            Number of answers to each prompt.
+        path (`Path`):
+            JSON file with the number of answers and the shares, by prompt. What it has isn't sampled again.
+        sampling:
+            Further arguments of [`sample`].
+
+    Returns:
+        `Dataset`: with the column added.
+    """
+    keys = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in dataset["prompt"]]
+    known = json.loads(path.read_text()) if path.exists() else {}
+    settings = {"teacher": teacher, "num_samples": num_samples}
+    if known and known["settings"] != settings:
+        raise ValueError(
+            f"{path} holds the answers of another teacher or another number of them, {known['settings']}, not {settings}. "
+            "Move it away, or choose another `--output_dir`."
+        )
+    weights = known.get("teacher_weight", {})
+    missing = list({key: row for row, key in enumerate(keys) if key not in weights}.values())
+    if missing:
+        asked = dataset.select(missing)
+        completions = sample(teacher, list(asked["prompt"]), num_samples, **sampling)
+        marks = grade(asked, completions, reward, best)
+        weights |= {keys[row]: sum(right) / num_samples for row, right in zip(missing, marks, strict=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "teacher_weight": weights}) + "\n")
+    return dataset.add_column("teacher_weight", [weights[key] for key in keys])

@@ -21,15 +21,14 @@ def test_nothing_else_differs_from_grpo():
     assert changed == {"epsilon_high", "loss_type"}
     assert ours.keys() - theirs.keys() == {
         "alpha",
-        "alpha_final",
         "teacher_credit",
         "teacher_kl_coef",
         "teacher_kl_coef_final",
         "teacher_kl_estimator",
         "teacher_kl_rows",
+        "teacher_top_k",
+        "distillation_ratio",
         "success_reward",
-        "teacher_scheduler_type",
-        "teacher_scheduler_ratio",
         "teacher_log_ratio_clip",
         "teacher_model_init_kwargs",
         "teacher_model_revision",
@@ -81,3 +80,47 @@ def test_alpha_out_of_range(alpha, tmp_path):
 def test_clip_out_of_range(clip, tmp_path):
     with pytest.raises(ValueError, match="`teacher_log_ratio_clip` must be positive"):
         tiny.make_config(tmp_path, teacher_log_ratio_clip=clip)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"teacher_kl_coef": -0.1}, "`teacher_kl_coef` must be finite and not negative"),
+        ({"teacher_kl_coef_final": float("inf")}, "`teacher_kl_coef_final` must be finite"),
+        ({"teacher_kl_estimator": "k1"}, "must be 'k2' or 'forward'.*doesn't contain the teacher"),
+        ({"teacher_kl_estimator": "k3"}, "must be 'k2' or 'forward'"),
+        ({"teacher_kl_rows": "unsolved"}, "`teacher_kl_rows` must be 'all' or 'failed'"),
+        ({"teacher_top_k": 0}, "`teacher_top_k` must be a whole number of at least 1"),
+        ({"teacher_top_k": 2.5}, "`teacher_top_k` must be a whole number"),
+        ({"distillation_ratio": 1.1}, r"`distillation_ratio` must be in \[0, 1\]"),
+        ({"distillation_ratio": float("nan")}, r"`distillation_ratio` must be in \[0, 1\]"),
+        ({"teacher_credit": True, "alpha": 1.0}, "`teacher_credit` .* `alpha=1.0` leaves nothing"),
+        ({"teacher_kl_coef": "0.5"}, "`teacher_kl_coef` must be a number"),
+        ({"distillation_ratio": None}, "`distillation_ratio` must be a number"),
+        ({"success_reward": "0.5"}, "`success_reward` must be a number"),
+    ],
+)
+def test_refusals(kwargs, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        tiny.make_config(tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "warns"),
+    [
+        ({"distillation_ratio": 0.4, "lr_scheduler_type": "linear"}, True),
+        ({"distillation_ratio": 0.4, "lr_scheduler_type": "cosine"}, True),
+        ({"distillation_ratio": 0.4, "lr_scheduler_type": "constant_with_warmup"}, False),
+        ({"distillation_ratio": 1.0, "lr_scheduler_type": "linear"}, False),
+        ({"lr_scheduler_type": "linear"}, False),
+    ],
+)
+def test_a_learning_rate_that_decays_during_distillation(kwargs, warns, tmp_path, recwarn):
+    tiny.make_config(tmp_path, **kwargs)
+    assert warns == any("leaves little of it for the reward" in str(warning.message) for warning in recwarn)
+
+
+def test_who_needs_a_teacher(tmp_path):
+    settings = {"alpha": 0.9}, {"teacher_kl_coef": 0.1}, {"teacher_kl_coef_final": 0.1}, {"distillation_ratio": 0.1}
+    assert all(tiny.make_config(tmp_path, **{"alpha": 1.0} | each).needs_teacher for each in settings)
+    assert not tiny.make_config(tmp_path, alpha=1.0, teacher_kl_estimator="forward").needs_teacher

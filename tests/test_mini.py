@@ -7,8 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "mini"))
 
-from knights_knaves import draw_puzzles, solve  # noqa: E402
-from make_models import MISREADING  # noqa: E402
+from knights_knaves import OPERATORS, draw_puzzles, solve  # noqa: E402
+from make_models import MISREADINGS  # noqa: E402
+
+
+MISREADING = OPERATORS | {"|": MISREADINGS["|"]}
 
 
 def test_solutions_under_a_misreading():

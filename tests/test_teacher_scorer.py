@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from trl_rlad import TeacherScorer
-from trl_rlad.teachers import LocalTeacher
+from trl_rlad.teachers import LocalTeacher, TokenScores
 
 
 def make_teacher(path, tmp_path, temperature=1.0):
@@ -33,16 +33,21 @@ def make_batch(seed=0, rows=7, prompt=5, completion=9, vocab_size=32):
 
 
 def naive_scores(path, batch, temperature):
-    """`log_softmax(logits / temperature)` of each sequence by itself."""
+    """`log_softmax(logits / temperature)` of each sequence by itself, at its tokens."""
+    scores = naive_log_probs(path, batch, temperature)
+    return scores.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2) * batch["completion_mask"]
+
+
+def naive_log_probs(path, batch, temperature):
+    """The same over the whole vocabulary, `(B, T, V)`."""
     model = AutoModelForCausalLM.from_pretrained(path)
-    scores = torch.zeros(batch["completion_ids"].shape)
+    scores = torch.zeros(*batch["completion_ids"].shape, model.config.vocab_size)
     for i, row in enumerate(scores):
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
         completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
         with torch.no_grad():
             logits = model(torch.cat([prompt, completion]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
-        logps = (logits / temperature).log_softmax(-1)
-        row[: len(completion)] = logps.gather(1, completion.unsqueeze(1)).squeeze(1)
+        row[: len(completion)] = (logits / temperature).log_softmax(-1)
     return scores
 
 
@@ -70,9 +75,12 @@ class CountingTeacher:
     def __init__(self, value=-1.0):
         self.value, self.rows, self.released = value, 0, False
 
-    def score(self, prompts, completions):
+    def score(self, prompts, completions, top_k=0):
         self.rows += len(prompts)
-        return [torch.full((len(completion),), self.value) for completion in completions]
+        return [
+            TokenScores(torch.full((len(c),), self.value), c.new_zeros(len(c), 0), torch.zeros(len(c), 0))
+            for c in completions
+        ]
 
     def placed(self):
         return nullcontext()
@@ -177,3 +185,43 @@ def test_the_teacher_is_let_go_when_training_has_ended():
     teacher.released = False
     scorer.on_evaluate(None, None, None)
     assert teacher.released
+
+
+def assert_names(scores, path, batch, k, temperature=1.0):
+    """The k likeliest tokens and their log-probabilities, wherever the teacher has a say, and the sampled token's too."""
+    mask = batch["completion_mask"].bool()
+    expected = naive_log_probs(path, batch, temperature)[mask].topk(k)
+    assert scores["teacher_top_ids"].shape == scores["teacher_top_logps"].shape == (*mask.shape, k)
+    assert torch.equal(scores["teacher_top_ids"][mask], expected.indices)
+    torch.testing.assert_close(scores["teacher_top_logps"][mask], expected.values, rtol=0, atol=1e-5)
+    assert not scores["teacher_top_ids"][~mask].any() and scores["teacher_top_logps"][~mask].isneginf().all()
+    torch.testing.assert_close(
+        scores["teacher_per_token_logps"], naive_scores(path, batch, temperature), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("k", "tokens_per_batch"), [(1, 1), (4, 30), (40, 1000), (99, 1000)])
+def test_the_teacher_names_its_likeliest_tokens(k, tokens_per_batch, temperature, tmp_path, teacher_path):
+    batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path, temperature)
+    scorer = TeacherScorer(teacher, Accelerator(cpu=True), tokens_per_batch, top_k=k, shared_ids=range(40))
+    assert_names(scorer.score(batch, batch["completion_mask"]), teacher_path, batch, min(k, 40), temperature)
+
+
+def test_names_on_a_shared_prompt(tmp_path, teacher_path):
+    batch = make_batch(rows=4, prompt=30, completion=3) | {"prompt_mask": torch.ones(4, 30, dtype=torch.long)}
+    batch["prompt_ids"] = batch["prompt_ids"][:1].expand(4, -1)
+    teacher = make_teacher(teacher_path, tmp_path)
+    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000, top_k=3, shared_ids=range(40))
+    assert_names(scorer.score(batch, batch["completion_mask"]), teacher_path, batch, 3)
+
+
+def test_a_token_the_student_does_not_share_is_not_named(tmp_path, teacher_path):
+    batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path)
+    everything = TeacherScorer(teacher, Accelerator(cpu=True), 1000, top_k=5, shared_ids=range(40))
+    shared = TeacherScorer(teacher, Accelerator(cpu=True), 1000, top_k=5, shared_ids=range(4, 20))
+    everything, shared = (scorer.score(batch, batch["completion_mask"]) for scorer in (everything, shared))
+    known = (everything["teacher_top_ids"] >= 4) & (everything["teacher_top_ids"] < 20)
+    assert 0 < known.sum() < known.numel()
+    assert torch.equal(shared["teacher_top_ids"], everything["teacher_top_ids"].where(known, 0))
+    assert torch.equal(shared["teacher_top_logps"], everything["teacher_top_logps"].masked_fill(~known, -float("inf")))

@@ -108,6 +108,28 @@ def test_functions():
     assert parameters(utils.add_fused_lm_head)[:2] == ["model", "temperature"]
     assert parameters(utils.create_model_from_path)[0] == "model_id"
     assert parameters(utils.get_config_model_id) == ["config"]
+    assert parameters(utils.maybe_gather_lm_head_ctx) == ["params"]
+
+
+def test_what_the_logits_are_multiplied_by():
+    # `logit_scale` in _trl.py repeats TRL's rule. A name more here needs one more there
+    source = inspect.getsource(utils.add_fused_lm_head)
+    source = source[: source.index("def _fused_forward")]
+    names = re.findall(r'getattr\(text_config, "(\w+)"', source)
+    assert names == [
+        "final_logit_softcapping",
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+    ]
+    assert 'logits_scaling if text_config.model_type == "hyperclovax" else 1 / logits_scaling' in source
+
+
+def test_the_backbone_runs_within_the_forward():
+    # `LMHead.listen` hooks it there
+    source = inspect.getsource(utils.add_fused_lm_head)
+    assert 'backbone_attr = "base_model"' in source and "getattr(self, backbone_attr)(*args, **kwargs)" in source
 
 
 def test_versions_tried():

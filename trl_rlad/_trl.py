@@ -8,15 +8,23 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
   `self.beta * per_token_kl`, which it adds to the loss of each token if `self.beta != 0.0`.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
-- `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`, `use_adapter`;
-  `trl.models.prepare_fsdp`.
+- `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
+  `maybe_gather_lm_head_ctx`, `use_adapter`; `trl.models.prepare_fsdp`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    use_adapter,
+)
+from trl.trainer.utils import maybe_gather_lm_head_ctx as gather_lm_head
 
 from .trrd import sequence_log_ratio
 
@@ -25,13 +33,26 @@ __all__ = [
     "GuidedGRPOTrainer",
     "add_fused_lm_head",
     "create_model_from_path",
+    "gather_lm_head",
     "get_config_model_id",
+    "logit_scale",
     "prepare_fsdp",
     "use_adapter",
 ]
 
 # The loss types that clip the ratio, for which TRL logs `clip_ratio/*`
 CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+def logit_scale(text_config: PretrainedConfig) -> float:
+    """What a model of this configuration multiplies its logits by, as TRL's fused LM head reads it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text_config, name, None) is not None:
+            return getattr(text_config, name)
+    scaling = getattr(text_config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
 
 
 class _Beta(float):
@@ -49,19 +70,27 @@ class _Beta(float):
 
 class GuidedGRPOTrainer(GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] with three places to hold on to: what a rollout batch is given along, which log-probabilities the
-    policy is compared with, and what is added to the loss of each token. Left alone, they change nothing, not even a bit.
+    [`~trl.GRPOTrainer`] with four places to hold on to: what a rollout batch is given along, what is seen of the forward
+    pass, which log-probabilities the policy is compared with, and what is added to the loss of each token. Left alone, they
+    change nothing, not even a bit.
     """
 
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
     _rewards_per_func = None  # those of the generation batch being made, of all processes
 
-    def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor) -> dict:
+    def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
         """
         Return `batch`, a whole generation batch with its advantages, with batch-first tensors added. `rewards_per_func`
-        are the rewards of all processes, a row for each completion and a column for each reward function.
+        are the rewards of all processes, a row for each completion and a column for each reward function; `rows` are the
+        dataset's rows, one for each completion of this process.
         """
         return batch
+
+    def watch_forward(self, model: torch.nn.Module, batch: dict) -> AbstractContextManager:
+        """
+        Return a context for the forward pass of the loss on `batch`, the loss's own copy: what is seen there may be added.
+        """
+        return nullcontext()
 
     def get_anchor(
         self, per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, batch: dict
@@ -82,7 +111,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        return self.extend_rollout(batch, self._rewards_per_func)
+        return self.extend_rollout(batch, self._rewards_per_func, inputs)
 
     def _compute_loss(self, model, inputs):
         # A copy: with several iterations or accumulation steps, TRL hands out the same buffered dict again
@@ -97,9 +126,10 @@ class GuidedGRPOTrainer(GRPOTrainer):
             self._loss_batch = None
             self.beta, self.args.use_bias_correction_kl = beta, use_bias_correction_kl
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         batch, self._loss_batch = self._loss_batch, None
+        with nullcontext() if batch is None else self.watch_forward(model, batch):
+            outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if batch is not None:
             per_token_logps = outputs[0]
             old_per_token_logps = batch.get("old_per_token_logps")

@@ -1,22 +1,22 @@
 """The configuration of RLAD."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from trl import GRPOConfig
 
-from .schedule import SCHEDULER_TYPES, scheduled
-from .teacher_kl import teacher_kl
 
+# Schedules that keep the learning rate to the end
+_CONSTANT_RATES = ("constant", "constant_with_warmup")
 
 # Settings that must be numbers, and whether they may be left out
 _NUMBERS = {
     "alpha": False,
-    "alpha_final": True,
+    "distillation_ratio": False,
     "teacher_kl_coef": False,
     "teacher_kl_coef_final": True,
-    "teacher_scheduler_ratio": False,
+    "teacher_top_k": False,
     "success_reward": False,
     "teacher_log_ratio_clip": True,
     "teacher_timeout": False,
@@ -41,31 +41,34 @@ class RLADConfig(GRPOConfig):
             (Eq. 3). `1.0` is GRPO and needs no teacher; `0.0` compares with the teacher alone. The paper finds little
             difference between 0.3 and 0.7, and losses at 0.1 and 0.9 (Table 5).
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
-            Bound on the absolute log-ratio between student and teacher, in nats, before it enters the ratio (Appendix
-            B). `None`, or `inf` on the command line, applies no bound.
-        alpha_final (`float`, *optional*):
-            Value that `alpha` moves to, see `teacher_scheduler_type`. `None` keeps it.
+            Bound on the absolute log-ratio between student and teacher, in nats, wherever the two are compared on a
+            sampled token: before it enters the likelihood ratio (Appendix B), and in the gradient of `"k2"`. `None`, or
+            `inf` on the command line, applies no bound.
         teacher_credit (`bool`, *optional*, defaults to `False`):
             Whether the teacher, instead of entering the ratio, shares out the credit: a rewarded token's advantage is
-            multiplied by (anchor / old policy), a punished one's by its inverse, see `docs/trrd.md`. Not the paper's form.
+            multiplied by (anchor / old policy), a punished one's by its inverse, see `docs/trrd.md`. Not RLAD's form:
+            it is that of [RLSD](https://huggingface.co/papers/2604.03128) and [Distilled
+            RL](https://huggingface.co/papers/2607.17247).
+        distillation_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of training, at its beginning, in which the student only imitates: the advantage is zero, and the
+            divergence from the teacher has the coefficient 1 on all completions. After that the teacher has the say that
+            `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation.
         teacher_kl_coef (`float`, *optional*, defaults to `0.0`):
             Coefficient of a divergence from the teacher, added to the loss of each token as [`~trl.GRPOConfig`] adds
-            `beta` times that from the reference model. With `alpha=1.0` this is
+            `beta` times that from the reference model. With `alpha=1.0` and `teacher_log_ratio_clip=None` this is
             [KDRL](https://huggingface.co/papers/2506.02208), which takes 2e-3.
         teacher_kl_coef_final (`float`, *optional*):
-            Value that `teacher_kl_coef` moves to. `None` keeps it.
+            Value that `teacher_kl_coef` moves to in a straight line. `None` keeps it.
         teacher_kl_estimator (`str`, *optional*, defaults to `"k2"`):
-            Estimator of the divergence, `"k2"` or `"k3"`, see [`~trl_rlad.teacher_kl.teacher_kl`].
+            What the divergence looks at: `"k2"` grades the token that was sampled
+            ([`~trl_rlad.teacher_kl.reverse_kl`]), `"forward"` has the teacher name its likeliest tokens
+            ([`~trl_rlad.teacher_kl.forward_kl`]).
+        teacher_top_k (`int`, *optional*, defaults to `8`):
+            Number of tokens that the teacher names at each position, with `teacher_kl_estimator="forward"`.
         teacher_kl_rows (`str`, *optional*, defaults to `"all"`):
-            Where the divergence applies: `"all"`; `"failed"`, the completions that failed; `"unsolved"`, all completions
-            of the prompts without a single success (KDRL's masks by response and by group).
+            Where the divergence applies: `"all"`, or `"failed"`, the completions that failed (KDRL's mask by response).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward, the weighted sum of all reward functions, is higher than this.
-        teacher_scheduler_type (`str`, *optional*, defaults to `"linear"`):
-            How `alpha` and `teacher_kl_coef` move to their final values: `"linear"`, `"cosine"`, or `"constant"`, which
-            keeps the first value and then jumps to the other.
-        teacher_scheduler_ratio (`float`, *optional*, defaults to `1.0`):
-            Share of training after which they have got there.
         teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `teacher_model`
             argument of the [`RLADTrainer`] is provided as a string. `dtype` defaults to `"auto"`, the dtype of the
@@ -113,12 +116,9 @@ class RLADConfig(GRPOConfig):
     teacher_log_ratio_clip: float | None = field(
         default=1.0,
         metadata={
-            "help": "Bound on the absolute log-ratio between student and teacher, in nats, before it enters the "
-            "ratio. `None` (YAML: null), or inf on the command line, applies no bound."
+            "help": "Bound on the absolute log-ratio between student and teacher, in nats, wherever they are compared on "
+            "a sampled token. `None` (YAML: null), or inf on the command line, applies no bound."
         },
-    )
-    alpha_final: float | None = field(
-        default=None, metadata={"help": "Value that `alpha` moves to, see `teacher_scheduler_type`. Unset: it stays."}
     )
     teacher_credit: bool = field(
         default=False,
@@ -127,41 +127,44 @@ class RLADConfig(GRPOConfig):
             "it agrees with the reward and shrinks where it doesn't. Not the paper's form."
         },
     )
+    distillation_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of training, at its beginning, in which the student only imitates the teacher, without the "
+            "reward. 1.0 is on-policy distillation."
+        },
+    )
     teacher_kl_coef: float = field(
         default=0.0,
         metadata={
             "help": "Coefficient of a divergence from the teacher, added to the loss of each token. With `alpha=1.0` "
-            "this is KDRL."
+            "and no `teacher_log_ratio_clip` this is KDRL."
         },
     )
     teacher_kl_coef_final: float | None = field(
-        default=None, metadata={"help": "Value that `teacher_kl_coef` moves to. Unset: it stays."}
+        default=None, metadata={"help": "Value that `teacher_kl_coef` moves to in a straight line. Unset: it stays."}
     )
     teacher_kl_estimator: str = field(
         default="k2",
-        metadata={"help": "Estimator of the divergence from the teacher.", "choices": ["k2", "k3"]},
+        metadata={
+            "help": "Whether the divergence grades the token that was sampled ('k2') or has the teacher name its "
+            "likeliest tokens ('forward').",
+            "choices": ["k2", "forward"],
+        },
+    )
+    teacher_top_k: int = field(
+        default=8,
+        metadata={"help": "Number of tokens that the teacher names, with `teacher_kl_estimator='forward'`."},
     )
     teacher_kl_rows: str = field(
         default="all",
         metadata={
-            "help": "Where the divergence from the teacher applies: everywhere, on completions that failed, or on "
-            "prompts without a single success.",
-            "choices": ["all", "failed", "unsolved"],
+            "help": "Where the divergence from the teacher applies: everywhere, or on completions that failed.",
+            "choices": ["all", "failed"],
         },
     )
     success_reward: float = field(
         default=0.0, metadata={"help": "A completion has succeeded if its reward is higher than this."}
-    )
-    teacher_scheduler_type: str = field(
-        default="linear",
-        metadata={
-            "help": "How `alpha` and `teacher_kl_coef` move to their final values. 'constant' keeps the first value "
-            "and then jumps.",
-            "choices": list(SCHEDULER_TYPES),
-        },
-    )
-    teacher_scheduler_ratio: float = field(
-        default=1.0, metadata={"help": "Share of training after which they have got there."}
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -208,27 +211,40 @@ class RLADConfig(GRPOConfig):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number and not (is_optional and value is None):
                 raise TypeError(f"`{name}` must be a number, but is {value!r}.")
-        for name in ("alpha", "alpha_final"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1] (1: GRPO, 0: the teacher alone), but is {value}.")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"`alpha` must be in [0, 1] (1: GRPO, 0: the teacher alone), but is {self.alpha}.")
+        if self.teacher_credit and self.alpha == 1.0:
+            raise ValueError(
+                "`teacher_credit` shares out the credit by `1 - alpha`, of which `alpha=1.0` leaves nothing. Choose a "
+                "smaller `alpha`, such as 0.5."
+            )
+        if not 0.0 <= self.distillation_ratio <= 1.0:
+            raise ValueError(
+                f"`distillation_ratio` must be in [0, 1], a share of training, but is {self.distillation_ratio}."
+            )
+        if 0.0 < self.distillation_ratio < 1.0 and self.lr_scheduler_type not in _CONSTANT_RATES:
+            warnings.warn(
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` lets the learning rate decay over all of training, "
+                "which leaves little of it for the reward after distillation. Set "
+                '`lr_scheduler_type="constant_with_warmup"`.',
+                stacklevel=2,
+            )
         for name in ("teacher_kl_coef", "teacher_kl_coef_final"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be finite and not negative (0: no such term), but is {value}.")
-        teacher_kl(torch.zeros(()), torch.zeros(()), self.teacher_kl_estimator)  # refuses what it doesn't know
-        if self.teacher_kl_rows not in ("all", "failed", "unsolved"):
+        if self.teacher_kl_estimator not in ("k2", "forward"):
             raise ValueError(
-                f"`teacher_kl_rows` must be 'all', 'failed' or 'unsolved', but is {self.teacher_kl_rows!r}."
+                f"`teacher_kl_estimator` must be 'k2' or 'forward', but is {self.teacher_kl_estimator!r}. (The gradient of "
+                "k1 doesn't contain the teacher; k3 is a noisy forward divergence.)"
             )
-        if self.teacher_scheduler_type not in SCHEDULER_TYPES:
+        if not isinstance(self.teacher_top_k, int) or self.teacher_top_k < 1:
             raise ValueError(
-                f"`teacher_scheduler_type` must be one of {SCHEDULER_TYPES}, but is {self.teacher_scheduler_type!r}."
+                f"`teacher_top_k` must be a whole number of at least 1, but is {self.teacher_top_k!r}. For no named tokens "
+                "take `teacher_kl_estimator='k2'`."
             )
-        if not 0.0 < self.teacher_scheduler_ratio <= 1.0:
-            raise ValueError(
-                f"`teacher_scheduler_ratio` must be in (0, 1], a share of training, but is {self.teacher_scheduler_ratio}."
-            )
+        if self.teacher_kl_rows not in ("all", "failed"):
+            raise ValueError(f"`teacher_kl_rows` must be 'all' or 'failed', but is {self.teacher_kl_rows!r}.")
         if self.teacher_log_ratio_clip is not None and not self.teacher_log_ratio_clip > 0.0:
             raise ValueError(
                 f"`teacher_log_ratio_clip` must be positive, but is {self.teacher_log_ratio_clip}. Set `alpha=1.0` to "
@@ -258,25 +274,26 @@ class RLADConfig(GRPOConfig):
         if self.teacher_tokens_per_batch < 1:
             raise ValueError(f"`teacher_tokens_per_batch` must be positive, but is {self.teacher_tokens_per_batch}.")
 
-    def scheduled(self, name: str, progress: float) -> float:
-        """Value of `"alpha"` or `"teacher_kl_coef"` when the share `progress` of training is done."""
-        final = getattr(self, f"{name}_final")
-        return scheduled(
-            getattr(self, name), final, self.teacher_scheduler_type, self.teacher_scheduler_ratio, progress
-        )
+    def teacher_kl_coef_at(self, progress: float) -> float:
+        """Value of `teacher_kl_coef` when the share `progress` of training is done."""
+        if self.teacher_kl_coef_final is None:
+            return self.teacher_kl_coef
+        return (1.0 - progress) * self.teacher_kl_coef + progress * self.teacher_kl_coef_final  # exact at both ends
 
-    def describe(self, name: str) -> str:
-        """`"alpha"` or `"teacher_kl_coef"` with its schedule, in words."""
-        start, final = getattr(self, name), getattr(self, f"{name}_final")
-        if final is None:
-            return f"{start}"
-        return f"{start} to {final} ({self.teacher_scheduler_type}, {self.teacher_scheduler_ratio:.0%} of training)"
+    @property
+    def names_tokens(self) -> bool:
+        """Whether the teacher is to name its likeliest tokens."""
+        return self.teacher_kl_estimator == "forward" and self.has_teacher_kl
+
+    @property
+    def has_teacher_kl(self) -> bool:
+        """Whether there is a divergence from the teacher in the loss at any time."""
+        return self.distillation_ratio > 0.0 or self.teacher_kl_coef > 0.0 or (self.teacher_kl_coef_final or 0.0) > 0.0
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher has a say at any time."""
-        ends = (0.0, 1.0)
-        return any(self.scheduled("alpha", at) < 1.0 or self.scheduled("teacher_kl_coef", at) > 0.0 for at in ends)
+        return self.alpha < 1.0 or self.has_teacher_kl
 
     def to_dict(self):
         # It is written as JSON, where a `BitsAndBytesConfig` has no place; transformers minds `model_init_kwargs` only

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from .packing import cut, cut_shared, deal, group_rows
-from .teachers import LocalTeacher
+from .teachers import LocalTeacher, TokenScores
 from .watchdog import barrier_group, time_limit
 
 
@@ -36,6 +36,10 @@ class TeacherScorer(TrainerCallback):
             Token ids on which the teacher has no say, see [`~trl_rlad.token_contract.find_unknown_ids`].
         timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have scored a rollout batch.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of the teacher's likeliest tokens to return beside each.
+        shared_ids (`Collection[int]`, *optional*):
+            Token ids that the teacher may name, see [`~trl_rlad.token_contract.find_shared_ids`].
 
     Attributes:
         seconds (`float`):
@@ -49,12 +53,16 @@ class TeacherScorer(TrainerCallback):
         tokens_per_batch: int,
         unknown_ids: Collection[int] = (),
         timeout: float = 1800.0,
+        top_k: int = 0,
+        shared_ids: Collection[int] = (),
     ):
         self.teacher = teacher
         self.accelerator = accelerator
         self.tokens_per_batch = tokens_per_batch
         self.unknown_ids = torch.tensor(sorted(unknown_ids), dtype=torch.long)
-        self.timeout = timeout
+        self.timeout, self.top_k = timeout, top_k
+        self.is_shared = torch.zeros(teacher.vocab_size, dtype=torch.bool)
+        self.is_shared[torch.tensor(sorted(shared_ids), dtype=torch.long)] = True
         self.calls, self.seconds, self.has_trained = 0, 0.0, False
         barrier_group()
 
@@ -81,7 +89,9 @@ class TeacherScorer(TrainerCallback):
         Returns:
             `dict[str, torch.Tensor]`:
                 `teacher_mask`, bool, of shape `(B, T)`: the tokens on which the teacher has a say, and
-                `teacher_per_token_logps`, `float32`, of the same shape, in nats, zero elsewhere.
+                `teacher_per_token_logps`, `float32`, of the same shape, in nats, zero elsewhere. With `top_k` also
+                `teacher_top_ids`, `int64`, and `teacher_top_logps`, `float32`, in nats, of shape `(B, T, k)`; a token that
+                the student doesn't share has the log-probability `-inf`.
 
         Raises:
             `ValueError`: if a token id lies beyond the teacher's vocabulary.
@@ -101,8 +111,14 @@ class TeacherScorer(TrainerCallback):
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
             scores = self._score_with_all_processes(rows)
         logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+        top_k = min(self.top_k, self.teacher.vocab_size)
+        top_ids = completion_ids.new_zeros(*logps.shape, top_k)
+        top_logps = logps.new_full(top_ids.shape, -float("inf"))
         for i, score in zip(which, scores, strict=True):
-            logps[i, : len(score)] = score
+            logps[i, : len(score.logps)] = score.logps
+            is_shared = self.is_shared.to(score.top_ids.device)[score.top_ids]
+            top_ids[i, : len(score.top_ids)] = score.top_ids.where(is_shared, 0)
+            top_logps[i, : len(score.top_ids)] = score.top_logps.masked_fill(~is_shared, -float("inf"))
         logps = torch.where(mask, logps, 0.0)
         if not logps.isfinite().all():
             raise FloatingPointError(
@@ -111,9 +127,10 @@ class TeacherScorer(TrainerCallback):
                 'with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
             )
         self.seconds = time.perf_counter() - start
-        return {"teacher_per_token_logps": logps, "teacher_mask": mask}
+        result = {"teacher_per_token_logps": logps, "teacher_mask": mask}
+        return result | ({"teacher_top_ids": top_ids, "teacher_top_logps": top_logps} if top_k else {})
 
-    def _score_with_all_processes(self, rows: list[Row]) -> list[torch.Tensor]:
+    def _score_with_all_processes(self, rows: list[Row]) -> list[TokenScores]:
         """Score this process's rows, after those of all processes have been dealt out evenly among them."""
         if self.accelerator.num_processes == 1:
             return self._score(rows)
@@ -124,11 +141,11 @@ class TeacherScorer(TrainerCallback):
         groups = self._group(every_row)
         costs = [sum(count_tokens(every_row[i]) for i in group) for group in groups]
         mine = [i for group in deal(costs, len(everyones_rows))[rank] for i in groups[group]]
-        scores = [score.cpu() for score in self._score([every_row[i] for i in mine])]
+        scores = [TokenScores(*(part.cpu() for part in score)) for score in self._score([every_row[i] for i in mine])]
         scores = dict(chain.from_iterable(self._all_gather(list(zip(mine, scores, strict=True)))))
         return [scores[first + i] for i in range(len(rows))]
 
-    def _score(self, rows: list[Row]) -> list[torch.Tensor]:
+    def _score(self, rows: list[Row]) -> list[TokenScores]:
         """Score rows here, in micro-batches."""
         groups = self._group(rows)
         alone = [group[0] for group in groups if len(group) == 1]
@@ -148,9 +165,10 @@ class TeacherScorer(TrainerCallback):
                     scores |= zip(batch, self._score_batch([rows[i] for i in batch]), strict=True)
         return [scores[i] for i in range(len(rows))]
 
-    def _score_batch(self, rows: list[Row]) -> list[torch.Tensor]:
+    def _score_batch(self, rows: list[Row]) -> list[TokenScores]:
         try:
-            return self.teacher.score([prompt for prompt, _ in rows], [completion for _, completion in rows])
+            prompts, completions = [prompt for prompt, _ in rows], [completion for _, completion in rows]
+            return self.teacher.score(prompts, completions, self.top_k)
         except torch.OutOfMemoryError:
             if len(rows) < 2 or self.teacher.is_sharded:  # the other processes are in the middle of it
                 raise

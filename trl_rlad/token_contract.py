@@ -48,3 +48,27 @@ def find_unknown_ids(
     if student.eos_token_id != teacher.eos_token_id:
         unknown |= set(eos_token_ids) - {teacher.eos_token_id}
     return sorted(unknown)
+
+
+def find_shared_ids(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    unknown_ids: Collection[int],
+    eos_token_ids: Collection[int],
+) -> list[int]:
+    """
+    Ids that mean the same to both, which the teacher may name to the student.
+
+    Args:
+        student, teacher ([`~transformers.PreTrainedTokenizerBase`]):
+            The two tokenizers.
+        unknown_ids (`Collection[int]`):
+            What [`find_unknown_ids`] found.
+        eos_token_ids (`Collection[int]`):
+            Ids that end a completion of the student. The teacher isn't to name another one of its own.
+
+    Returns:
+        `list[int]`, sorted.
+    """
+    shared = set(student.get_vocab().values()) & set(teacher.get_vocab().values()) - set(unknown_ids)
+    return sorted(shared - ({teacher.eos_token_id} - set(eos_token_ids)))

@@ -1,20 +1,24 @@
 """The trainer of RLAD."""
 
 import textwrap
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from ._trl import CLIPPED_LOSS_TYPES, GuidedGRPOTrainer, get_config_model_id
 from .config import RLADConfig
 from .evaluation import pass_at_k
-from .teacher_kl import teacher_kl
+from .lm_head import LMHead
+from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
-from .token_contract import find_unknown_ids
+from .token_contract import find_shared_ids, find_unknown_ids
 from .trrd import TRRDLoss, clip_causes, sequence_log_ratio
 
 
@@ -96,10 +100,11 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "of `GRPOConfig`."
             )
         if args.needs_teacher and (teacher_model is None or teacher_model == ""):
-            setting = "teacher_kl_coef" if args.alpha == 1.0 else "alpha"
+            setting = "distillation_ratio" if args.distillation_ratio > 0.0 else "teacher_kl_coef"
+            setting = "alpha" if args.alpha < 1.0 else setting
             raise ValueError(
                 f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model`, or "
-                "set `alpha=1.0` without a `teacher_kl_coef` to train with GRPO."
+                "set `alpha=1.0` without a `teacher_kl_coef` or `distillation_ratio` to train with GRPO."
             )
         if _share_weights(model, teacher_model):
             raise ValueError(
@@ -108,13 +113,14 @@ class RLADTrainer(GuidedGRPOTrainer):
             )
         if not args.needs_teacher and teacher_model is not None:
             logger.warning(
-                "With `alpha=1.0` and no `teacher_kl_coef`, RLAD is GRPO and needs no teacher: `teacher_model` is not "
-                "loaded, and the settings of the teacher have no effect."
+                "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio`, RLAD is GRPO and needs no teacher: "
+                "`teacher_model` is not loaded, and the settings of the teacher have no effect."
             )
         super().__init__(model, reward_funcs, args, *grpo_args, **grpo_kwargs)
 
+        if args.needs_teacher and "teacher_weight" in (getattr(self.train_dataset, "column_names", None) or []):
+            read_weights(self.train_dataset["teacher_weight"])  # refuses bad ones before training
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
-        self.teacher_kl_coef = args.teacher_kl_coef
         self.teacher_scorer = None
         if args.needs_teacher:
             self.teacher_scorer = self._create_teacher_scorer(teacher_model)
@@ -146,23 +152,35 @@ class RLADTrainer(GuidedGRPOTrainer):
                 f"end its turn with (such as {examples}): there the likelihood ratio is GRPO's."
             )
         return TeacherScorer(
-            teacher, self.accelerator, self.args.teacher_tokens_per_batch, unknown_ids, self.args.teacher_timeout
+            teacher,
+            self.accelerator,
+            self.args.teacher_tokens_per_batch,
+            unknown_ids,
+            self.args.teacher_timeout,
+            self.args.teacher_top_k if self.args.names_tokens else 0,
+            find_shared_ids(self.tokenizer, teacher.tokenizer, unknown_ids, self.eos_token_ids),
         )
 
-    def extend_rollout(self, batch, rewards_per_func):
+    def extend_rollout(self, batch, rewards_per_func, rows):
         if not self.model.training:
             self._log_pass_at_k(rewards_per_func)
         if self.teacher_scorer is None:
             return batch
-        self._follow_schedules()
+        has_kl = bool(self._kl_coef or self.args.teacher_kl_coef_final)
+        if self.trrd.alpha == 1.0 and not has_kl:
+            self.teacher_scorer.teacher.release()  # distillation is over, and the reward has the rest to itself
+            return batch
         # Without advantage a token contributes nothing to the policy term, whatever the teacher says
         wanted = _two_dimensional(batch["advantages"]) != 0
-        if self.args.scheduled("alpha", 1.0) == self.trrd.alpha == 1.0:
+        if self.trrd.alpha == 1.0:
             wanted = torch.zeros_like(wanted)
-        if max(self.teacher_kl_coef, self.args.scheduled("teacher_kl_coef", 1.0)) > 0.0:
-            rows = self._select_kl_rows(rewards_per_func)
-            wanted = wanted | rows.unsqueeze(1)
-            batch = {**batch, "teacher_kl_rows": rows}
+        if has_kl:
+            batch = {**batch, "teacher_kl_rows": self._select_kl_rows(rewards_per_func)}
+            wanted = wanted | batch["teacher_kl_rows"].unsqueeze(1) | self.is_distilling
+        if any("teacher_weight" in row for row in rows):
+            weights = read_weights([row.get("teacher_weight") for row in rows])
+            batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
+            wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
         scores = self.teacher_scorer.score(batch, self.loss_mask(batch) * wanted)
         self.log_value("teacher/scoring_time", self.teacher_scorer.seconds)
         return {**batch, **scores}
@@ -181,45 +199,69 @@ class RLADTrainer(GuidedGRPOTrainer):
         )
         if self.args.teacher_kl_rows == "all":
             has_failed = torch.ones_like(has_failed)
-        if self.args.teacher_kl_rows == "unsolved":
-            num_generations = self.num_generations if self.model.training else self.num_generations_eval
-            has_failed = has_failed.view(-1, num_generations).all(1).repeat_interleave(num_generations)
         size = len(has_failed) // self.accelerator.num_processes
         return has_failed[self.accelerator.process_index * size :][:size]
 
-    def _follow_schedules(self):
-        """Move the scheduled coefficients to where they are at this step. What has no schedule may be moved by others."""
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        if self.args.alpha_final is not None:
-            self.trrd.alpha = self.args.scheduled("alpha", progress)
-        if self.args.teacher_kl_coef_final is not None:
-            self.teacher_kl_coef = self.args.scheduled("teacher_kl_coef", progress)
+    @property
+    def is_distilling(self) -> bool:
+        """Whether the student only imitates at this step, see `distillation_ratio`."""
+        return self.state.global_step < self.args.distillation_ratio * max(self.state.max_steps, 1)
+
+    @property
+    def _kl_coef(self) -> float:
+        if self.is_distilling:
+            return 1.0
+        return self.args.teacher_kl_coef_at(self.state.global_step / max(self.state.max_steps, 1))
+
+    def _kl_mask(self, batch):
+        """Tokens whose divergence from the teacher enters the loss, bool of shape `(B, T)`."""
+        mask = batch["teacher_mask"]
+        return mask if self.is_distilling else mask & batch["teacher_kl_rows"].unsqueeze(1)
+
+    def watch_forward(self, model, batch):
+        if "teacher_top_ids" not in batch or self._kl_coef == 0.0:
+            return nullcontext()
+        model = self.accelerator.unwrap_model(model)
+        head = LMHead(model.get_base_model() if is_peft_model(model) else model, self.temperature)
+        mask, ids, top_ids = self._kl_mask(batch), batch["completion_ids"], batch["teacher_top_ids"]
+
+        def look_up(hidden_states):
+            states = hidden_states[:, -ids.size(1) - 1 : -1]  # the state at position t tells of token t + 1
+            batch["named_log_ratios"] = head.log_ratios(states[mask], ids[mask], top_ids[mask])
+
+        return head.listen(look_up)
 
     def get_penalty(self, per_token_logps, batch):
-        if self.teacher_scorer is None:
+        if self.teacher_scorer is not None:
+            self.log_value("teacher/kl_coef", self._kl_coef)
+        if "teacher_mask" not in batch or self._kl_coef == 0.0:
             return None
-        self._follow_schedules()
-        self.log_value("teacher/alpha", self.trrd.alpha)
-        self.log_value("teacher/kl_coef", self.teacher_kl_coef)
-        if self.teacher_kl_coef == 0.0:
-            return None
-        mask = batch["teacher_mask"] & batch["teacher_kl_rows"].unsqueeze(1)
-        # Left out before the divergence, whose gradient would be NaN where the score is no number
-        teacher = torch.where(mask, batch["teacher_per_token_logps"], per_token_logps.detach().float())
-        kl = teacher_kl(per_token_logps.float(), teacher, self.args.teacher_kl_estimator)
+        mask, per_token_logps = self._kl_mask(batch), per_token_logps.float()
+        if "named_log_ratios" in batch:
+            log_probs = batch["named_log_ratios"] + per_token_logps[mask].unsqueeze(-1)
+            kl = forward_kl(log_probs, batch["teacher_top_logps"][mask])
+        else:
+            teacher = batch["teacher_per_token_logps"][mask]
+            kl = reverse_kl(per_token_logps[mask], teacher, self.trrd.teacher_log_ratio_clip)
+        kl = torch.zeros_like(per_token_logps).masked_scatter(mask, kl)
         self.log_means({"teacher/kl": (kl.detach(), mask)})
-        return self.teacher_kl_coef * kl
+        weight = batch["teacher_weight"].unsqueeze(1) if "teacher_weight" in batch else 1.0
+        return self._kl_coef * weight * kl
 
     def get_anchor(self, per_token_logps, old_per_token_logps, batch):
-        if self.teacher_scorer is None or self.trrd.alpha == 1.0:
+        if self.is_distilling:
+            batch["advantages"] = torch.zeros_like(batch["advantages"])
+            return None
+        if "teacher_mask" not in batch or self.trrd.alpha == 1.0:
             return None
         teacher_mask = batch["teacher_mask"]
         # Under FSDP2 with bf16 the student's log-probabilities come out in bf16: TRRD compares in float32
         per_token_logps, old_per_token_logps = per_token_logps.float(), old_per_token_logps.float()
         if self.args.teacher_credit:
             per_token_logps = old_per_token_logps  # credit is for what was sampled, however the student moves on
+        weight = batch["teacher_weight"].unsqueeze(1) if "teacher_weight" in batch else None
         anchor, diagnostics = self.trrd(
-            per_token_logps, old_per_token_logps, batch["teacher_per_token_logps"], teacher_mask
+            per_token_logps, old_per_token_logps, batch["teacher_per_token_logps"], teacher_mask, weight
         )
         metrics = {f"teacher/{name}": (values, teacher_mask) for name, values in diagnostics.items()}
         advantages = _two_dimensional(batch["advantages"])
@@ -245,10 +287,12 @@ class RLADTrainer(GuidedGRPOTrainer):
             info = getattr(self.train_dataset, "info", None)
             rows = {
                 "Teacher": self.teacher_scorer.teacher.name if self.teacher_scorer else "none",
-                "`alpha`": self.args.describe("alpha"),
+                "`alpha`": self.args.alpha,
                 "`teacher_credit`": self.args.teacher_credit,
                 "`teacher_log_ratio_clip`": self.trrd.teacher_log_ratio_clip,
-                "`teacher_kl_coef`": self.args.describe("teacher_kl_coef"),
+                "`teacher_kl_coef`": self.args.teacher_kl_coef,
+                "`teacher_kl_estimator`": self.args.teacher_kl_estimator,
+                "`distillation_ratio`": self.args.distillation_ratio,
                 "Dataset": dataset_name or getattr(info, "dataset_name", None) or "not named",
             }
             table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -259,6 +303,17 @@ class RLADTrainer(GuidedGRPOTrainer):
 
 def _two_dimensional(advantages: torch.Tensor) -> torch.Tensor:
     return advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+
+
+def read_weights(values: Iterable[float | None]) -> torch.Tensor:
+    """The column `teacher_weight`, `float32`, 1 where it is `None`. Raises a `ValueError` if it leaves `[0, 1]`."""
+    weights = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float32)
+    if not ((weights >= 0.0) & (weights <= 1.0)).all():
+        wrong = weights[~((weights >= 0.0) & (weights <= 1.0))][0].item()
+        raise ValueError(
+            f"The dataset's column `teacher_weight` must be in [0, 1] (0: GRPO, 1: the teacher's full say), but has {wrong}."
+        )
+    return weights
 
 
 def _share_weights(model, teacher_model) -> bool:

@@ -58,6 +58,7 @@ class TRRDLoss(nn.Module):
         old_per_token_logps: torch.Tensor,
         teacher_per_token_logps: torch.Tensor,
         mask: torch.Tensor,
+        teacher_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         r"""
         Args:
@@ -69,6 +70,8 @@ class TRRDLoss(nn.Module):
                 The same under the teacher. Read only where `mask` is set.
             mask (`torch.Tensor` of shape `(B, T)`, bool or 0/1):
                 Tokens on which the teacher has a say. Elsewhere the anchor is `old_per_token_logps`.
+            teacher_weight (`torch.Tensor` of shape `(B, 1)`, *optional*):
+                Factor in `[0, 1]` of the teacher's exponent `1 - alpha` in each row. `None` takes 1.
 
         Returns:
             `tuple[torch.Tensor, dict[str, torch.Tensor]]`:
@@ -97,7 +100,8 @@ class TRRDLoss(nn.Module):
         clip = float("inf") if self.teacher_log_ratio_clip is None else self.teacher_log_ratio_clip
         teacher = teacher_per_token_logps.clamp(per_token_logps - clip, per_token_logps + clip)
         # `lerp` returns its ends exactly: the teacher at alpha = 0, and the old policy wherever the teacher equals it
-        anchor = torch.where(mask, torch.lerp(teacher, old_per_token_logps, self.alpha), old_per_token_logps)
+        alpha = self.alpha if teacher_weight is None else 1.0 - (1.0 - self.alpha) * teacher_weight
+        anchor = torch.where(mask, torch.lerp(teacher, old_per_token_logps, alpha), old_per_token_logps)
         return anchor, {"log_ratio": log_ratio, "clamped": (log_ratio.abs() > clip).to(log_ratio.dtype)}
 
 

@@ -1,22 +1,22 @@
 """
-Make the teacher and the weakly warm-started student of the miniature example, from scratch and offline.
+Make the teacher and the mistaken student of the miniature example, from scratch and offline.
 
     python examples/mini/make_models.py
     python examples/mini/make_models.py --comparison --output_dir somewhere
 
-Both learn worked solutions of knights-and-knaves puzzles (see `knights_knaves.py`) by next-token prediction. The
-student is the smaller model and, besides, is brought up to be hasty: half the time it calls an assignment `ok`
-although somebody contradicts it. So it is seldom right, but knows enough for reinforcement learning to make it better.
+The teacher learns worked solutions of knights-and-knaves puzzles (see `knights_knaves.py`) by next-token prediction. The
+student is the teacher trained on to misread `A | C` as "at least one is a knave". So it is confidently wrong on most
+puzzles with that operator, two in five of all, and about as good as the teacher on the others.
 
-The second line makes three more for `benchmarks/comparison.py`, in some minutes. The flawed teacher is the teacher trained
-on to misread `A | C` as "at least one is a knave". So it is confidently wrong on most puzzles with that operator, two in
-five of all, and about as good as before on the others. The hasty student is the teacher trained on to be hasty nine times
-in ten: it has the knowledge, and hardly ever shows it. The sheltered student is small and has no bad habit, but has hardly
-seen two of the four operators.
+The second line makes three more for `benchmarks/comparison.py`, in a minute or two. The flawed teacher is the teacher
+trained on to misread `A & C` as "both are knaves". The hasty student is the teacher trained on to call an assignment `ok`,
+nine times in ten, although somebody contradicts it: it has the knowledge, and hardly ever shows it. The sheltered student
+is small and has no bad habit, but has hardly seen two of the four operators.
 """
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM,
 POOL = {2: 2_000, 3: 10_000, 4: 40_000}  # worked solutions per number of people: the more people, the harder
 BATCH_SIZE = 64
 HERE = Path(__file__).parent
-MISREADING = OPERATORS | {"|": lambda first, second: not (first and second)}
+MISREADINGS = {"|": lambda first, second: not (first and second), "&": lambda first, second: not (first or second)}
 
 TEACHER_SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 8}
 STUDENT_SIZE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -121,13 +121,21 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, n_peop
     return sum(rewards) / len(rewards)
 
 
-def make_flawed_teacher(path: Path, steps: int = 400, learning_rate: float = 1e-3, seed: int = 0) -> None:
-    """Train the committed teacher on solutions under `MISREADING`."""
+def make_mistaken(
+    path: Path,
+    operator: str,
+    teacher: Path = HERE / "teacher",
+    steps: int = 400,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Train a teacher on solutions that misread `operator`."""
     tokenizer = make_tokenizer()
-    pool = make_pool(tokenizer, seed, MISREADING)
+    pool = make_pool(tokenizer, seed, OPERATORS | {operator: MISREADINGS[operator]})
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM.from_pretrained(HERE / "teacher")
+    model = Qwen3ForCausalLM.from_pretrained(teacher)
     train(path.name, model, pool, steps, learning_rate)
+    report(path.name, model)
     save(model, path)
 
 
@@ -154,10 +162,17 @@ def make_sheltered_student(path: Path, steps: int = 1200, learning_rate: float =
 
 
 COMPARISON = {
-    "flawed_teacher": make_flawed_teacher,
+    "flawed_teacher": partial(make_mistaken, operator="&"),
     "hasty_student": make_hasty_student,
     "sheltered_student": make_sheltered_student,
 }
+
+
+def report(name: str, model: Qwen3ForCausalLM) -> None:
+    """Print how good a model is."""
+    tokenizer = make_tokenizer()
+    scores = [f"{accuracy(model, tokenizer, n_people):.0%} ({n_people} people)" for n_people in POOL]
+    print(f"{name}: {model.num_parameters():,} parameters, held-out accuracy {', '.join(scores)}")
 
 
 def save(model: Qwen3ForCausalLM, path: Path) -> None:
@@ -170,11 +185,8 @@ def main() -> None:
     """Train, measure and save both models, or those of the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where to save `teacher` and `student`")
-    parser.add_argument("--student_steps", type=int, default=2500, help="training steps of the student")
-    parser.add_argument("--teacher_steps", type=int, default=2000, help="training steps of the teacher")
-    parser.add_argument("--student_learning_rate", type=float, default=3e-3, help="peak learning rate of the student")
-    parser.add_argument("--teacher_learning_rate", type=float, default=2e-3, help="peak learning rate of the teacher")
-    parser.add_argument("--haste", type=float, default=0.5, help="how often the student is taught a hasty `ok`")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of the teacher")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate of the teacher")
     parser.add_argument("--seed", type=int, default=0, help="seed of the puzzles, the weights and the batches")
     parser.add_argument("--comparison", action="store_true", help="make those of `benchmarks/comparison.py` instead")
     args = parser.parse_args()
@@ -184,18 +196,12 @@ def main() -> None:
         return
 
     tokenizer = make_tokenizer()
-    input_ids, labels = make_pool(tokenizer, args.seed)
-    hasty_labels = make_hasty(tokenizer, labels, args.haste, args.seed)
-    for name, size, targets, steps, learning_rate in (
-        ("student", STUDENT_SIZE, hasty_labels, args.student_steps, args.student_learning_rate),
-        ("teacher", TEACHER_SIZE, labels, args.teacher_steps, args.teacher_learning_rate),
-    ):
-        torch.manual_seed(args.seed)
-        model = make_model(size, tokenizer)
-        train(name, model, (input_ids, targets), steps, learning_rate)
-        scores = [f"{accuracy(model, tokenizer, n_people):.0%} ({n_people} people)" for n_people in POOL]
-        print(f"{name}: {model.num_parameters():,} parameters, held-out accuracy {', '.join(scores)}")
-        save(model, args.output_dir / name)
+    torch.manual_seed(args.seed)
+    model = make_model(TEACHER_SIZE, tokenizer)
+    train("teacher", model, make_pool(tokenizer, args.seed), args.steps, args.learning_rate)
+    report("teacher", model)
+    save(model, args.output_dir / "teacher")
+    make_mistaken(args.output_dir / "student", "|", args.output_dir / "teacher", seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
 Where a teacher's log-probabilities come from.
 
-A teacher has one duty, `score(prompts, completions)`: given token sequences, return the log-probability of each
-completion token. It never hears of rewards, advantages or ratios.
+A teacher has one duty, `score(prompts, completions, top_k)`: given token sequences, return the log-probability of each
+completion token and, where asked, the likeliest tokens in its place. It never hears of rewards, advantages or ratios.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
 from .base import BaseTeacher
-from .local import LocalTeacher
+from .local import LocalTeacher, TokenScores
 from .sharded import FSDPTeacher, ZeRO3Teacher
 
 
-__all__ = ["BaseTeacher", "FSDPTeacher", "LocalTeacher", "ZeRO3Teacher", "create_teacher"]
+__all__ = ["BaseTeacher", "FSDPTeacher", "LocalTeacher", "TokenScores", "ZeRO3Teacher", "create_teacher"]
 
 
 def create_teacher(
@@ -57,7 +57,7 @@ def create_teacher(
         for name in sorted(settings):
             if getattr(args, name) not in (None, "none"):
                 raise ValueError(f'`{name}` has no meaning for `teacher_model="base"`, which is where the student is.')
-        return BaseTeacher(get_student, tokenizer, accelerator)
+        return BaseTeacher(get_student, tokenizer, accelerator, args.temperature)
     if isinstance(teacher_model, PathLike):
         teacher_model = fspath(teacher_model)
     if not isinstance(teacher_model, (str, PreTrainedModel)):

@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id, use_adapter
+from ..lm_head import LMHead
 from .local import WrappedTeacher
 
 
@@ -22,10 +23,19 @@ class BaseTeacher(WrappedTeacher):
             The student's tokenizer.
         accelerator ([`~accelerate.Accelerator`]):
             Knows how the student is distributed.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which the student samples.
     """
 
-    def __init__(self, get_student: Callable, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator):
-        self.get_student, self.tokenizer, self.accelerator = get_student, tokenizer, accelerator
+    def __init__(
+        self,
+        get_student: Callable,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+        temperature: float = 1.0,
+    ):
+        self.get_student, self.tokenizer = get_student, tokenizer
+        self.accelerator, self.temperature = accelerator, temperature
         config = get_student().config
         self.name = f"{get_config_model_id(config)} without the adapter"
         self.vocab_size = config.get_text_config().vocab_size
@@ -34,6 +44,10 @@ class BaseTeacher(WrappedTeacher):
     @property
     def model(self):
         return self.get_student()
+
+    @property
+    def lm_head(self):
+        return LMHead(self.accelerator.unwrap_model(self.get_student()).get_base_model(), self.temperature)
 
     def deepspeed(self):
         return nullcontext()  # the student's

@@ -1,9 +1,9 @@
 """A transformers model in these processes as the teacher."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +16,34 @@ from transformers.utils import find_adapter_config_file
 
 from .._trl import add_fused_lm_head, create_model_from_path, get_config_model_id
 from ..config import RLADConfig
+from ..lm_head import LMHead
 from ..packing import sharing_pays
 
 
 logger = get_logger(__name__)
+
+
+class TokenScores(NamedTuple):
+    """
+    What a teacher makes of the tokens of one completion.
+
+    Attributes:
+        logps (`torch.Tensor` of shape `(T,)`, `float32`):
+            Log-probability of each token, in nats.
+        top_ids (`torch.Tensor` of shape `(T, k)`, `int64`):
+            The k likeliest tokens in the place of each.
+        top_logps (`torch.Tensor` of shape `(T, k)`, `float32`):
+            Their log-probabilities, in nats.
+    """
+
+    logps: torch.Tensor
+    top_ids: torch.Tensor
+    top_logps: torch.Tensor
+
+
+def split_scores(lengths: list[int], *scores: torch.Tensor) -> list[TokenScores]:
+    """The scores of each completion, from those of all their tokens in a row."""
+    return [TokenScores(*parts) for parts in zip(*(part.split(lengths) for part in scores), strict=True)]
 
 
 @contextmanager
@@ -128,7 +152,7 @@ class LocalTeacher:
     def set_up(self, model: PreTrainedModel):
         """Freeze the model, give it its fused LM head and its place."""
         add_fused_lm_head(model.requires_grad_(False).eval(), temperature=self.args.temperature)
-        self.head = FusedHead(model, self.args.temperature)
+        self.head, self.lm_head = FusedHead(model, self.args.temperature), LMHead(model, self.args.temperature)
         self.model = self.prepare(model)
 
     def load(self) -> PreTrainedModel:
@@ -191,23 +215,24 @@ class LocalTeacher:
     def release(self):
         """Let the weights go. They are loaded again when the teacher is to score again; a model object stays."""
         if isinstance(self.source, str):
-            self.model = self.head = None
+            self.model = self.head = self.lm_head = None
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def score(self, prompts: list[torch.Tensor], completions: list[torch.Tensor]) -> list[torch.Tensor]:
+    def score(self, prompts: list[torch.Tensor], completions: list[torch.Tensor], top_k: int = 0) -> list[TokenScores]:
         """
-        Log-probabilities of the completions' tokens, in one micro-batch.
+        Log-probabilities of the completions' tokens, and of the likeliest tokens in their place, in one micro-batch.
 
         Args:
             prompts (`list[torch.Tensor]`):
                 Token ids of each prompt, unpadded, `int64`, on the CPU.
             completions (`list[torch.Tensor]`):
                 Token ids of each completion, unpadded, `int64`, on the CPU.
+            top_k (`int`, *optional*, defaults to `0`):
+                Number of the likeliest tokens to name.
 
         Returns:
-            `list[torch.Tensor]`:
-                One `float32` tensor for each completion, of its length, in nats.
+            `list[TokenScores]`: one for each completion.
         """
         if not completions:
             return []
@@ -221,14 +246,17 @@ class LocalTeacher:
                         f"The cache of {self.name} can't be shared, so each completion runs its prompt: {error}"
                     )
                     self.shares_prompts = False
-                    return self.score(prompts, completions)
+                    return self.score(prompts, completions, top_k)
             else:
                 hidden_states = self._run(pad_rows(prompts, completions), use_cache=False)
                 starts = [len(prompt) - 1 for prompt in prompts]
             # The state at position t tells of token t + 1
             spans = [row[start : start + n] for row, start, n in zip(hidden_states, starts, lengths, strict=True)]
-            labels = torch.cat(completions).to(self.accelerator.device)
-            return list(self.head(torch.cat(spans), labels).float().split(lengths))
+            states, labels = torch.cat(spans), torch.cat(completions).to(self.accelerator.device)
+            if top_k:
+                return split_scores(lengths, *self.lm_head.top_k(states, labels, top_k))
+            logps = self.head(states, labels).float()  # TRL's, which is fast but for one token only
+            return split_scores(lengths, logps, labels.new_empty(len(labels), 0), logps.new_empty(len(labels), 0))
 
     def _run(self, input_ids, **kwargs):
         input_ids = input_ids.to(self.accelerator.device)
@@ -251,20 +279,32 @@ class WrappedTeacher(LocalTeacher):
     shares_prompts = False
 
     @torch.no_grad()
-    def score(self, prompts, completions):
+    def score(self, prompts, completions, top_k=0):
         if not completions and not self.is_sharded:
             return []
         # The other processes can't run a sharded model without this one: with no rows, it runs two tokens of no use
         input_ids = pad_rows(prompts, completions) if completions else torch.zeros(1, 2, dtype=torch.long)
+        input_ids = input_ids.to(self.accelerator.device)
         labels = torch.full_like(input_ids, -100)
-        spans = [slice(len(p), len(p) + len(c)) for p, c in zip(prompts, completions, strict=True)]
-        for label, completion, span in zip(labels, completions, spans, strict=False):
-            label[span] = completion
-        inputs = {"input_ids": input_ids.to(self.accelerator.device), "labels": labels.to(self.accelerator.device)}
-        with self.deepspeed(), self.accelerator.autocast():
-            log_probs = self.model(**inputs, fused_lm_head=True).log_probs.float()
-        # Column t holds the log-probability of token t + 1
-        return [row[span.start - 1 : span.stop - 1] for row, span in zip(log_probs, spans, strict=False)]
+        # The state at position t tells of token t + 1
+        before = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            before[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
+        after, lengths = before.roll(1, dims=1), [len(completion) for completion in completions]
+        scores = []
+        listening = nullcontext()
+        if top_k:  # in the place of TRL's LM head, which is left without labels
+            listening = self.lm_head.listen(
+                lambda states: scores.extend(self.lm_head.top_k(states[before], input_ids[after], top_k))
+            )
+        else:
+            labels[after] = input_ids[after]
+        with self.deepspeed(), self.accelerator.autocast(), listening:
+            log_probs = self.model(input_ids=input_ids, labels=labels, fused_lm_head=True).log_probs
+        if not top_k:
+            logps = log_probs[before[:, :-1]].float()
+            scores = [logps, input_ids.new_empty(len(logps), 0), logps.new_empty(len(logps), 0)]
+        return split_scores(lengths, *scores)
 
 
 def all_equal(sequences: list[torch.Tensor]) -> bool:

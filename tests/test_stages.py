@@ -1,0 +1,170 @@
+"""First distillation, then reinforcement; and where a teacher is believed: `distillation_ratio` and `teacher_weight`."""
+
+import pytest
+import tiny
+import torch
+from test_loss import B, make_batch, make_logps, reference_loss
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_rlad import RLADTrainer
+
+
+def train(student_path, teacher_path, output_dir, dataset=None, resume=None, **kwargs):
+    args = tiny.make_config(output_dir, **{"max_steps": 4, "learning_rate": 1e-3, **kwargs})
+    teacher = teacher_path if args.needs_teacher else None
+    trainer = RLADTrainer(student_path, tiny.reward, args, dataset or tiny.make_dataset(), teacher_model=teacher)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer, name):
+    return [log.get(name) for log in trainer.state.log_history if "loss" in log]
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_the_coefficient_moves_in_a_straight_line(tmp_path, student_path, teacher_path):
+    trainer = train(student_path, teacher_path, tmp_path, alpha=1.0, teacher_kl_coef=0.4, teacher_kl_coef_final=0.0)
+    assert logged(trainer, "teacher/kl_coef") == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_both_ends_of_the_line_are_exact(tmp_path):
+    config = tiny.make_config(tmp_path, teacher_kl_coef=0.3, teacher_kl_coef_final=0.1)
+    assert (config.teacher_kl_coef_at(0.0), config.teacher_kl_coef_at(1.0)) == (0.3, 0.1)
+    assert tiny.make_config(tmp_path, teacher_kl_coef=0.3).teacher_kl_coef_at(0.7) == 0.3
+
+
+def test_a_teacher_that_has_a_say_later_is_there_from_the_start(tmp_path, student_path, teacher_path):
+    trainer = train(student_path, teacher_path, tmp_path, alpha=1.0, teacher_kl_coef_final=0.1)
+    assert logged(trainer, "teacher/kl_coef") == pytest.approx([0.0, 0.025, 0.05, 0.075])
+    assert logged(trainer, "teacher/kl")[0] is None and logged(trainer, "teacher/kl")[1] > 0.0
+
+
+@pytest.mark.parametrize("estimator", ["k2", "forward"])
+def test_distillation_is_distillation(estimator, tmp_path, student_path, teacher_path):
+    # In its stage, whatever else is set, the same as a divergence of coefficient 1 with all rewards at zero
+    settings = {"teacher_kl_estimator": estimator, "num_iterations": 2}
+    staged = train(
+        student_path, teacher_path, tmp_path, distillation_ratio=1.0, teacher_kl_rows="failed", beta=0.02, **settings
+    )
+    plain = train(
+        student_path,
+        teacher_path,
+        tmp_path,
+        alpha=1.0,
+        teacher_kl_coef=1.0,
+        reward_weights=[0.0],
+        beta=0.02,
+        **settings,
+    )
+    assert logged(staged, "loss") == logged(plain, "loss") and logged(staged, "teacher/kl_coef") == [1.0] * 4
+    assert all(torch.equal(*pair) for pair in zip(weights(staged), weights(plain), strict=True))
+    assert any(logged(staged, "reward"))  # which is still measured
+
+
+def test_distil_then_reinforce(tmp_path, student_path, teacher_path):
+    kwargs = {"alpha": 1.0, "distillation_ratio": 0.5, "max_steps": 6, "teacher_kl_estimator": "forward"}
+    trainer = train(student_path, teacher_path, tmp_path, **kwargs)
+    assert logged(trainer, "teacher/kl_coef") == [1.0] * 3 + [0.0] * 3
+    assert [kl is not None for kl in logged(trainer, "teacher/kl")] == [True] * 3 + [False] * 3
+    assert trainer.teacher_scorer.teacher.model is None and trainer.teacher_scorer.calls == 3
+    # The second half is GRPO
+    assert [time is not None for time in logged(trainer, "teacher/scoring_time")] == [True] * 3 + [False] * 3
+
+
+def test_the_second_stage_is_grpo_bit_for_bit(tmp_path, student_path, teacher_path):
+    # A distillation of which no row is believed leaves the student as it was
+    dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32)
+    kwargs = {"max_steps": 4, "learning_rate": 1e-3}
+    trainer = train(student_path, teacher_path, tmp_path, dataset, alpha=1.0, distillation_ratio=0.25, **kwargs)
+    assert logged(trainer, "grad_norm")[0] == 0.0
+    grpo = GRPOTrainer(
+        student_path, tiny.reward, tiny.make_config(tmp_path, GRPOConfig, **kwargs), tiny.make_dataset()
+    )
+    compute_loss, calls = grpo.compute_loss, []
+
+    def skip_the_first(*args, **kwargs):
+        calls.append(compute_loss(*args, **kwargs))
+        return calls[-1] * 0.0 if len(calls) == 1 else calls[-1]
+
+    grpo.compute_loss = skip_the_first
+    grpo.train()
+    assert all(torch.equal(*pair) for pair in zip(weights(trainer), weights(grpo), strict=True))
+
+
+def test_distil_then_rlad_with_batches_across_the_border(tmp_path, student_path, teacher_path):
+    # A generation batch lasts two steps, and the border is in the middle of one
+    kwargs = {"distillation_ratio": 0.5, "max_steps": 6, "num_iterations": 2, "teacher_kl_coef": 0.3}
+    trainer = train(student_path, teacher_path, tmp_path, teacher_kl_rows="failed", success_reward=0.4, **kwargs)
+    assert logged(trainer, "teacher/kl_coef") == [1.0] * 3 + [0.3] * 3
+    assert all(ratio is not None for ratio in logged(trainer, "teacher/log_ratio")[3:])
+    assert logged(trainer, "teacher/log_ratio")[:3] == [None] * 3
+
+
+def test_a_resumed_run_is_in_its_stage(tmp_path, student_path, teacher_path):
+    kwargs = {"distillation_ratio": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    kwargs |= {"teacher_kl_estimator": "forward", "alpha": 1.0}
+    whole = train(student_path, teacher_path, tmp_path / "whole", **kwargs)
+    for checkpoint in (2, 4):
+        path = tmp_path / "whole" / f"checkpoint-{checkpoint}"
+        resumed = train(student_path, teacher_path, tmp_path / "resumed", resume=path, **kwargs)
+        for name in ("loss", "teacher/kl_coef", "teacher/kl"):
+            assert logged(resumed, name) == logged(whole, name), name
+        assert all(torch.equal(*pair) for pair in zip(weights(resumed), weights(whole), strict=True))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_weight_scales_the_teachers_exponent(make_trainer, loss_type, level):
+    weight = torch.tensor([1.0, 0.5, 1.0, 0.0, 0.25, 0.75])
+    batch = make_batch()
+    logps = make_logps(batch)
+    trainer = make_trainer(logps, loss_type=loss_type, importance_sampling_level=level)
+    trainer.compute_loss(trainer.model, {**batch, "teacher_weight": weight}).backward()
+    # A row of weight w is a row at alpha = 1 - w / 2: gradients add up over rows
+    expected = torch.zeros_like(logps, dtype=torch.float64)
+    for row, w in enumerate(weight.tolist()):
+        kwargs = {"alpha": 1 - 0.5 * w, "clip": 1.0, "level": level, "loss_type": loss_type}
+        expected[row] = reference_loss(logps, batch, **kwargs)[1][row]
+    torch.testing.assert_close(logps.grad.double(), expected, rtol=1e-6, atol=1e-6)
+    assert B == len(weight)
+
+
+@pytest.mark.parametrize("settings", [{}, {"teacher_credit": True}, {"teacher_kl_coef": 0.3}])
+def test_rows_of_weight_zero_are_grpo_bit_for_bit(settings, tmp_path, student_path, teacher_path):
+    kwargs = {"num_iterations": 2, "max_steps": 6}
+    dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32)
+    rlad = train(student_path, teacher_path, tmp_path, dataset, **kwargs, **settings)
+    grpo = train(student_path, teacher_path, tmp_path, alpha=1.0, **kwargs)
+    assert logged(rlad, "loss") == logged(grpo, "loss")
+    assert all(torch.equal(*pair) for pair in zip(weights(rlad), weights(grpo), strict=True))
+
+
+def test_rows_of_weight_zero_are_not_scored(tmp_path, student_path, teacher_path):
+    dataset = tiny.make_dataset().map(lambda row, i: {"teacher_weight": float(i % 2)}, with_indices=True)
+    trainer = train(student_path, teacher_path, tmp_path, dataset, teacher_kl_coef=0.1, max_steps=0)
+    batch = trainer._generate_and_score_completions([dataset[i] for i in (0, 1) for _ in range(4)])
+    assert batch["teacher_mask"].any(1).tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan"), float("inf")])
+def test_a_weight_out_of_range_is_refused_before_training(weight, tmp_path, student_path, teacher_path):
+    dataset = tiny.make_dataset().add_column("teacher_weight", [1.0] * 31 + [weight])
+    config = tiny.make_config(tmp_path)
+    with pytest.raises(ValueError, match=r"column `teacher_weight` must be in \[0, 1\]"):
+        RLADTrainer(student_path, tiny.reward, config, dataset, teacher_model=teacher_path)
+
+
+def test_a_streamed_weight_is_refused_when_it_comes(tmp_path, student_path, teacher_path):
+    dataset = tiny.make_dataset().add_column("teacher_weight", [2.0] * 32).to_iterable_dataset()
+    with pytest.raises(ValueError, match="column `teacher_weight` must be in"):
+        train(student_path, teacher_path, tmp_path, dataset)
+
+
+def test_a_missing_weight_is_one(tmp_path, student_path, teacher_path):
+    dataset = tiny.make_dataset().add_column("teacher_weight", [None, 1.0] * 16)
+    with_column = train(student_path, teacher_path, tmp_path, dataset)
+    without = train(student_path, teacher_path, tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(weights(with_column), weights(without), strict=True))
