@@ -84,17 +84,43 @@ METHODS = {
     "RLAD + named, shuffled teacher": [NAMED | {"trainer": "ShuffledTrainer"}],
     "random gate": [{"trainer": "RandomGateTrainer"}],
 }
-CONTROLS = {
+SHARED_RATE = {
     "GRPO + named": "RLAD + named",
     "RLAD + named, shuffled teacher": "RLAD + named",
     "random gate": "RLAD",
-}  # with the strong teacher, at the rate of what they are to be compared with
-OLDER = ("credit", "credit, normalized")  # in the hasty student's tables only
+}  # with the strong teacher only, at the rate of what they are to be compared with
+FEW = ("RLAD", "KDRL", "on-policy distillation", "offline distillation", "RLAD + named", "RLAD + named, trusted")
+MISTAKEN_ONLY = (
+    "KDRL, bounded",
+    "on-policy distillation, bounded",
+    "distil, then GRPO",
+    "distil, then RLAD",
+    "offline, then RLAD + named",
+)
+OLDER = ("credit", "credit, normalized")
 # Rollouts in a step come in groups of 8, or are as many kept samples of the teacher
 STUDENTS = {
-    "mistaken": {"steps": 40, "eval_steps": 20, "rollouts": 64, "without": OLDER},
-    "hasty": {"steps": 40, "eval_steps": 8, "rollouts": 128, "without": tuple(CONTROLS)},
-    "sheltered": {"steps": 80, "eval_steps": 16, "rollouts": 128, "without": (*CONTROLS, *OLDER)},
+    "mistaken": {
+        "steps": 40,
+        "eval_steps": 20,
+        "rollouts": 64,
+        "without": OLDER,
+        "flawed": ("GRPO", *FEW, "on-policy distillation, forward", "distil, then GRPO"),
+    },
+    "hasty": {
+        "steps": 40,
+        "eval_steps": 8,
+        "rollouts": 128,
+        "without": (*SHARED_RATE, *MISTAKEN_ONLY),
+        "flawed": ("GRPO", *FEW, "credit"),
+    },
+    "sheltered": {
+        "steps": 80,
+        "eval_steps": 16,
+        "rollouts": 128,
+        "without": (*SHARED_RATE, *MISTAKEN_ONLY, *OLDER),
+        "flawed": ("GRPO", *FEW),
+    },
 }
 SEEDS = (1, 2, 3, 4, 5)
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
@@ -243,7 +269,7 @@ def run(job):
 def run_missing(jobs, plan, output_dir):
     """Run, two at a time, the jobs that `runs.jsonl` doesn't have. Returns the results of all runs it then has."""
     path = output_dir / "runs.jsonl"
-    results = read_results(output_dir)
+    results = read_results(path)
     done = {identify(result) for result in results}
     settings = {name: plan[name] for name in ("student", "steps", "eval_steps", "rollouts")} | {
         "output_dir": str(output_dir)
@@ -258,8 +284,7 @@ def run_missing(jobs, plan, output_dir):
     return [r for r in results if all(r[name] == plan[name] for name in ("student", "steps"))]
 
 
-def read_results(output_dir):
-    path = output_dir / "runs.jsonl"
+def read_results(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -273,26 +298,32 @@ def final(result):
 
 def study(plan, output_dir):
     """Run everything. Returns the results, and the learning rate of each method."""
-    swept = [method for method in plan["methods"] if method not in CONTROLS]
-    rates = dict.fromkeys(swept, plan["rates"])
-    if len(plan["rates"]) > 1:
-        results = run_missing(make_jobs(rates, "strong", [0]), plan, output_dir)
-        best = {method: max(pick(results, method, "strong", None, [0]), key=final) for method in swept}
-        rates = {method: [run["rate"]] for method, run in best.items()}
-    controls = {method: rates[CONTROLS[method]] for method in plan["methods"] if method in CONTROLS}
-    jobs = make_jobs(rates, "strong", plan["seeds"]) + make_jobs(rates, "flawed", plan["seeds"])
-    results = run_missing(jobs + make_jobs(controls, "strong", plan["seeds"]), plan, output_dir)
-    return results, {method: chosen[0] for method, chosen in (rates | controls).items()}
+    swept = [(method, rate) for method in plan["methods"] if method not in SHARED_RATE for rate in plan["rates"]]
+    results = run_missing(make_jobs(swept, "strong", [0] * (len(plan["rates"]) > 1)), plan, output_dir)
+    rates = choose_rates(results, plan)
+    flawed = {method: rate for method, rate in rates.items() if method in plan["flawed"]}
+    jobs = make_jobs(rates.items(), "strong", plan["seeds"]) + make_jobs(flawed.items(), "flawed", plan["seeds"])
+    return run_missing(jobs, plan, output_dir), rates
 
 
-def make_jobs(rates, teacher, seeds):
+def make_jobs(pairs, teacher, seeds):
+    """Jobs for pairs of a method and a learning rate."""
     return [
         {"method": method, "teacher": teacher, "rate": rate, "seed": seed}
         for seed in seeds
-        for method in rates
-        if (method, teacher) != ("GRPO", "flawed")  # it has no teacher
-        for rate in rates[method]
+        for method, rate in pairs
+        if teacher == "strong" or method not in ("GRPO", *SHARED_RATE)  # GRPO has no teacher
     ]
+
+
+def choose_rates(results, plan):
+    """The learning rate of each method: of the runs with seed 0, that of the best."""
+
+    def best(method):
+        runs = pick(results, SHARED_RATE.get(method, method), "strong", None, [0])
+        return max(runs, key=final)["rate"] if len(plan["rates"]) > 1 else plan["rates"][0]
+
+    return {method: best(method) for method in plan["methods"]}
 
 
 def pick(results, method, teacher, rate, seeds):
@@ -327,7 +358,7 @@ def tabulate(results, rates, plan, teacher):
     rows.append("| before | | " + " | ".join(f"{x:.1%}" for x in before) + f" | {mean(before):.1%} | | | |")
     for method, rate in rates.items():
         runs = pick(results, method, teacher, rate, seeds)
-        if not runs:  # a control
+        if not runs:  # only tried with the strong teacher
             continue
         scores = [final(run) for run in runs]
         gains = [score - final(other) for score, other in zip(scores, grpo, strict=True)]
@@ -347,7 +378,7 @@ def tabulate_sweep(results, plan, rates):
     rows = ["| method | " + " | ".join(f"{rate:g}" for rate in plan["rates"]) + " |"]
     rows.append("|---|" + "---|" * len(plan["rates"]))
     for method in rates:
-        if method not in CONTROLS:
+        if method not in SHARED_RATE:
             runs = {run["rate"]: final(run) for run in pick(results, method, "strong", rate=None, seeds=[0])}
             rows.append(f"| {method} | " + " | ".join(f"{runs[rate]:.1%}" for rate in plan["rates"]) + " |")
     return "\n".join(rows)
@@ -359,6 +390,8 @@ def plot(results, rates, plan, path):
     for axis, teacher in zip(axes, TEACHERS, strict=True):
         for index, method in enumerate(method for method in SHOWN if method in rates):
             runs = pick(results, method, teacher, rates[method], plan["seeds"])
+            if not runs:
+                continue
             steps = [point[0] for point in runs[0]["curve"]]
             scores = [
                 [mean(point[1:]) for point in points] for points in zip(*(run["curve"] for run in runs), strict=True)
@@ -398,6 +431,11 @@ def report(results, rates, plan, path, command):
     print(f"Wrote {path} and {path.with_suffix('.png').name}")
 
 
+def make_plan(student):
+    plan = {"student": student, "rates": RATES, "seeds": SEEDS} | STUDENTS[student]
+    return plan | {"methods": tuple(method for method in METHODS if method not in plan["without"])}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -409,10 +447,9 @@ def main():
     parser.add_argument("--student", choices=STUDENTS, default="mistaken", help="what the student lacks")
     parser.add_argument("--quick", action="store_true", help="two seeds, one learning rate and fewer methods")
     args = parser.parse_args()
-    plan = {"student": args.student, "rates": RATES, "seeds": SEEDS} | STUDENTS[args.student]
-    plan["methods"] = tuple(method for method in METHODS if method not in plan["without"])
+    plan = make_plan(args.student)
     if args.quick:
-        plan |= {"rates": (3e-4,), "seeds": (1, 2), "methods": QUICK}
+        plan |= {"rates": (3e-4,), "seeds": (1, 2), "methods": QUICK, "flawed": QUICK}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train

@@ -7,13 +7,14 @@ On the first update after a rollout, with an advantage of 1, 0 or -1, by back-pr
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
 from trl_rlad import TRRDLoss
-from trl_rlad.teacher_kl import teacher_kl
+from trl_rlad.teacher_kl import reverse_kl
 
 
 EPSILON_LOW, EPSILON_HIGH = 0.2, 0.28
@@ -41,20 +42,14 @@ def trrd(logps, old, teacher, advantage):
     return clipped_objective(logps, anchor, advantage)
 
 
-def kdrl(logps, old, teacher, advantage):
-    return clipped_objective(logps, old, advantage) - 0.2 * teacher_kl(logps, teacher, "k2")
+def kdrl(logps, old, teacher, advantage, clip=None):
+    return clipped_objective(logps, old, advantage) - 0.2 * reverse_kl(logps, teacher, clip)
 
 
 def credit(logps, old, teacher, advantage):
     anchor, _ = TRRDLoss(alpha=0.5)(old, old, teacher, torch.ones_like(old))
     sign = (advantage > 0) - (advantage < 0)
     return clipped_objective(logps, old, advantage * ((anchor - old) * sign).exp())
-
-
-def early_kl(logps, old, teacher, advantage):
-    """TRRD with a divergence on prompts without any success, where the advantage is 0."""
-    kl = 0.2 * teacher_kl(logps, teacher, "k3") if advantage == 0.0 else 0.0
-    return trrd(logps, old, teacher, advantage) - kl
 
 
 def main():
@@ -67,8 +62,8 @@ def main():
         "GRPO": (grpo, "-"),
         "TRRD": (trrd, "-"),
         "KDRL, coefficient 0.2": (kdrl, "--"),
+        "KDRL, bounded to 1 nat": (partial(kdrl, clip=1.0), ":"),
         "credit": (credit, "-"),
-        "TRRD + early KL": (early_kl, ":"),
     }
     titles = {1.0: "rewarded, A = 1", 0.0: "all completions failed, A = 0", -1.0: "punished, A = -1"}
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), sharex=True, layout="constrained")

@@ -11,7 +11,9 @@ Any of reasoning-gym's tasks, with any student and teacher, in one process:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B --backend vllm \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-offline
 
-What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read.
+What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read. The share of
+right answers to each puzzle is in `teacher_weight.json`: copied into the output folder of `rlad_grpo.py`, it spares
+`--teacher_samples` the sampling.
 """
 
 import json
@@ -25,7 +27,7 @@ import rlad_grpo
 from datasets import Dataset
 from evaluate import evaluate
 from rlad_grpo import MINI
-from sampling import encode_prompts, grade, sample
+from sampling import encode_prompts, grade, sample, store_teacher_weight
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -82,6 +84,7 @@ def collect(
     best: float,
     samples_per_prompt: int = 8,
     max_new_tokens: int = 2048,
+    path: Path | None = None,
     **sampling,
 ) -> tuple[Dataset, dict[str, int]]:
     """
@@ -100,6 +103,8 @@ def collect(
             Number of answers to each prompt. The same one may come up, and be kept, more than once.
         max_new_tokens (`int`, *optional*, defaults to `2048`):
             Answers that don't end within this number of tokens are wrong: nobody should learn to stop where they do.
+        path (`Path`, *optional*):
+            JSON file for the share of right answers to each prompt, see [`~sampling.store_teacher_weight`].
         sampling:
             Further arguments of [`~sampling.sample`].
 
@@ -121,7 +126,10 @@ def collect(
         "tokens": 0,
         "kept_tokens": 0,
     }
-    for prompt, texts, marks in zip(prompts, completions, grade(dataset, completions, reward, best), strict=True):
+    all_marks = grade(dataset, completions, reward, best)
+    if path is not None:
+        store_teacher_weight(path, teacher, prompts, all_marks)
+    for prompt, texts, marks in zip(prompts, completions, all_marks, strict=True):
         lengths = [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         right = [i for i, mark in enumerate(marks) if mark and lengths[i] <= max_new_tokens]
         kept += [{"prompt": prompt, "completion": texts[i]} for i in right]
@@ -213,6 +221,7 @@ def main():
         reward,
         best,
         script_args.samples_per_prompt,
+        path=Path(args.output_dir, "teacher_weight.json"),
         temperature=script_args.temperature,
         **sampling,
     )

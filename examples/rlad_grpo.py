@@ -13,8 +13,8 @@ Any of reasoning-gym's tasks, with any student and teacher:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-rlad
 
-or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`. `--alpha 1.0` is the
-GRPO baseline.
+or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`. `--alpha 1.0
+--teacher_kl_coef 0` is the GRPO baseline, and `--teacher_kl_coef 0` the paper's form of RLAD.
 """
 
 import json
@@ -23,10 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from accelerate import PartialState
 from datasets import Dataset
 from math_task import load_math
 from mini import knights_knaves
 from reasoning_tasks import load_task
+from sampling import add_teacher_weight
 from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -54,7 +56,11 @@ class ScriptArguments:
         report_steps (`int`, *optional*):
             Measure the accuracy every so many steps of training too, into the log.
         teacher_model_name_or_path (`str`, *optional*):
-            Name or path of the teacher. Not needed with `alpha=1.0` and no `teacher_kl_coef`.
+            Name or path of the teacher. Not needed with `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio`.
+        teacher_samples (`int`, *optional*, defaults to `0`):
+            Number of times that the teacher answers each training puzzle first, so that it has a say only where it is
+            right, and as much as it is right: see [`~sampling.add_teacher_weight`]. The main process samples, into
+            `teacher_weight.json` in the output folder, from which the next run takes it.
     """
 
     task: str = field(default="mini", metadata={"help": "'mini', 'math' or the name of a task of reasoning-gym."})
@@ -67,6 +73,13 @@ class ScriptArguments:
         default=None, metadata={"help": "Measure the held-out accuracy every so many steps of training too."}
     )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
+    teacher_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Number of times that the teacher answers each training puzzle first, to have a say only where it is "
+            "right. 0 believes it everywhere."
+        },
+    )
 
     def __post_init__(self):
         if isinstance(self.task_kwargs, str):
@@ -155,6 +168,19 @@ def main():
         "dtype": model_args.dtype,
     }
     train_dataset, eval_dataset, reward, best = load_data(script_args, args.seed)
+
+    if script_args.teacher_samples > 0 and args.needs_teacher:
+        with PartialState().main_process_first():
+            train_dataset = add_teacher_weight(
+                train_dataset,
+                teacher,
+                reward,
+                best,
+                script_args.teacher_samples,
+                Path(args.output_dir, "teacher_weight.json"),
+                max_new_tokens=args.max_completion_length,
+                seed=args.seed,
+            )
 
     def accuracy(**columns):
         return [float(value == best) for value in reward(**columns)]

@@ -116,6 +116,40 @@ def grade(
     return [[score == best for score in of_prompt] for of_prompt in zip(*scores, strict=True)]
 
 
+def prompt_key(prompt: str | list[dict]) -> str:
+    """What stands for a prompt in a JSON file."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
+def store_teacher_weight(
+    path: Path, teacher: str, prompts: list, marks: list[list[bool]], known: dict[str, float] | None = None
+) -> dict[str, float]:
+    """
+    Writes down what share of a teacher's answers to each prompt is right, for [`add_teacher_weight`] to read.
+
+    Args:
+        path (`Path`):
+            JSON file.
+        teacher (`str`):
+            Name or path of the teacher.
+        prompts (`list`):
+            Prompts, texts or chat messages.
+        marks (`list[list[bool]]`):
+            Whether each answer to each prompt is right.
+        known (`dict[str, float]`, *optional*):
+            Shares of further prompts.
+
+    Returns:
+        `dict[str, float]`: the shares, those that were known included.
+    """
+    shares = {prompt_key(prompt): sum(right) / len(right) for prompt, right in zip(prompts, marks, strict=True)}
+    shares = (known or {}) | shares
+    settings = {"teacher": teacher, "num_samples": len(marks[0])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": settings, "teacher_weight": shares}) + "\n")
+    return shares
+
+
 def add_teacher_weight(
     dataset: Dataset,
     teacher: str,
@@ -148,21 +182,19 @@ def add_teacher_weight(
     Returns:
         `Dataset`: with the column added.
     """
-    keys = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in dataset["prompt"]]
-    known = json.loads(path.read_text()) if path.exists() else {}
+    keys = [prompt_key(prompt) for prompt in dataset["prompt"]]
     settings = {"teacher": teacher, "num_samples": num_samples}
-    if known and known["settings"] != settings:
+    known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "teacher_weight": {}}
+    if known["settings"] != settings:
         raise ValueError(
             f"{path} holds the answers of another teacher or another number of them, {known['settings']}, not {settings}. "
             "Move it away, or choose another `--output_dir`."
         )
-    weights = known.get("teacher_weight", {})
+    weights = known["teacher_weight"]
     missing = list({key: row for row, key in enumerate(keys) if key not in weights}.values())
     if missing:
         asked = dataset.select(missing)
         completions = sample(teacher, list(asked["prompt"]), num_samples, **sampling)
         marks = grade(asked, completions, reward, best)
-        weights |= {keys[row]: sum(right) / num_samples for row, right in zip(missing, marks, strict=True)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"settings": settings, "teacher_weight": weights}) + "\n")
+        weights = store_teacher_weight(path, teacher, asked["prompt"], marks, weights)
     return dataset.add_column("teacher_weight", [weights[key] for key in keys])

@@ -30,9 +30,9 @@ def count_scored_tokens(teacher):
     """Count the tokens of the rows that this process has its teacher score."""
     score, tokens = teacher.score, []
 
-    def counted(prompts, completions):
+    def counted(prompts, completions, top_k):
         tokens.extend(len(row) for row in (*prompts, *completions))
-        return score(prompts, completions)
+        return score(prompts, completions, top_k)
 
     teacher.score = counted
     return tokens
@@ -109,8 +109,10 @@ def main(
         most = watch_parameters(teacher.model)
     if not lora:  # under ZeRO and FSDP the student is only prepared by training
         batch, tokens = make_ragged_batch(rank), count_scored_tokens(teacher)
-        result["scores"] = trainer.teacher_scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
-        result |= {"scores": result["scores"].tolist(), "tokens": sum(tokens)}
+        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"])
+        result |= {"scores": scores["teacher_per_token_logps"].tolist(), "tokens": sum(tokens)}
+        if "teacher_top_ids" in scores:
+            torch.save(scores, Path(output_dir, f"scores_{rank}.pt"))
     trainer.train(resume_from_checkpoint=resume)
     result["losses"] = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
     result["files"] = sorted(path.name for path in Path(output_dir).rglob("*") if path.is_file())

@@ -9,27 +9,23 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import comparison
-import mistakes
 import variants
 
 from trl_rlad import RLADConfig
 
 
+METHODS = ("GRPO", "KDRL", "RLAD + named", "GRPO + named")
 PLAN = {
-    "student": "hasty",
+    "student": "mistaken",
     "steps": 4,
     "eval_steps": 2,
+    "rollouts": 8,
     "rates": (1e-4, 3e-4),
     "seeds": (1, 2),
-    "ablation_seeds": (1, 2),
-    "candidates": ("gate", "credit"),
+    "methods": METHODS,
+    "flawed": METHODS,
 }
-BONUS = {  # in final accuracy
-    ("KDRL 0.2", "strong"): 0.02,
-    ("KDRL 0.002", "flawed"): 0.02,
-    ("credit, alpha 0.1", "strong"): 0.2,
-}
-METHODS = ("GRPO", "KDRL 0.002", "KDRL 0.2", "RLAD")
+BONUS = {("RLAD + named", "strong"): 0.2, ("RLAD + named", "flawed"): -0.1}  # in final accuracy
 
 
 @pytest.fixture
@@ -38,15 +34,16 @@ def asked(monkeypatch):
     asked = []
 
     def run_missing(jobs, plan, output_dir):
-        results = comparison.read_results(output_dir)
+        results = comparison.read_results(output_dir / "runs.jsonl")
         done = {comparison.identify(result) for result in results}
-        for job in [{**job, "student": "hasty", "steps": 4} for job in jobs]:
+        for job in [{**job, "student": "mistaken", "steps": 4} for job in jobs]:
             if comparison.identify(job) not in done:
                 asked.append((job["method"], job["teacher"], job["rate"], job["seed"]))
                 level = 0.5 + (job["rate"] == 3e-4) * 0.1 + job["seed"] / 100
                 level += BONUS.get((job["method"], job["teacher"]), 0.0)
                 curve = [[0, 0.1, 0.1, 0.1], [2, *[level / 2] * 3], [4, *[level] * 3]]
-                results.append({**job, "seconds": 1.0, "curve": curve})
+                by_operator = {"&": 0.25, "|": level}
+                results.append({**job, "seconds": 1.0, "curve": curve, "by_operator": by_operator})
         (output_dir / "runs.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
         return results
 
@@ -55,30 +52,30 @@ def asked(monkeypatch):
 
 
 def test_the_study_sweeps_chooses_and_goes_on_where_it_was(asked, tmp_path):
-    results, tables, rates = comparison.study(PLAN, METHODS, tmp_path)
-    # The sweep: GRPO once, all others with both teachers, at two rates each
-    assert sum(seed == 0 for *_, seed in asked) == 2 * (1 + 2 * (3 + 2))
-    # The better constant KDRL for each teacher
-    assert tables == {
-        "strong": ["GRPO", "KDRL 0.2", "RLAD", "gate", "credit"],
-        "flawed": ["GRPO", "KDRL 0.002", "RLAD", "gate", "credit"],
-    }
-    assert set(rates.values()) == {3e-4}
-    assert sum(seed > 0 for *_, seed in asked) == 2 * (1 + 2 * 4 + 4 + 7)
-    assert all(rate == 3e-4 for *_, rate, seed in asked if seed > 0)
+    results, rates = comparison.study(PLAN, tmp_path)
+    # The sweep, with the strong teacher, at two rates each; what belongs to another method takes that one's rate
+    assert sorted(asked[:6]) == sorted((method, "strong", rate, 0) for method in METHODS[:3] for rate in (1e-4, 3e-4))
+    assert rates == dict.fromkeys(METHODS, 3e-4)
+    # With the flawed teacher all but what has no teacher and what is to be compared with the strong one
+    assert sorted(asked[6:]) == sorted(
+        [(method, "strong", 3e-4, seed) for method in METHODS for seed in (1, 2)]
+        + [(method, "flawed", 3e-4, seed) for method in METHODS[1:3] for seed in (1, 2)]
+    )
     asked.clear()
-    assert comparison.study(PLAN, METHODS, tmp_path)[0] == results and not asked
+    assert comparison.study(PLAN, tmp_path)[0] == results and not asked
 
 
 def test_the_report(asked, tmp_path):
-    results, tables, rates = comparison.study(PLAN, METHODS, tmp_path)
-    comparison.report(results, rates, PLAN, tables, tmp_path / "comparison.md", "command")
+    results, rates = comparison.study(PLAN, tmp_path)
+    comparison.report(results, rates, PLAN, tmp_path / "comparison.md", "command")
     text = (tmp_path / "comparison.md").read_text()
     # Seeds 1 and 2: 61% and 62%, with a standard deviation of 0.0071, so that 12.71 * 0.0071 / 2**0.5 = 6.4%
-    assert text.count("| RLAD | 0.0003 | 61.5% | 61.5% | 61.5% | 61.5% ± 6.4% | 4 |") == 3
-    assert text.count("| before | | 10.0% | 10.0% | 10.0% | 10.0% | |") == 3
-    assert text.count("| credit, alpha 0.1 | 0.0003 | 81.5% | 81.5% |") == 1
-    assert text.count("| GRPO | none | 50.0% | 60.0% |") == 1
+    assert text.count("| GRPO | 0.0003 | 61.5% | 61.5% | 61.5% | 61.5% ± 6.4% |  | 25% / 62% | 4 |") == 2
+    # Seed by seed it is 20 points above, and its curve is there (81.5% / 2 < 61.5%) only at the end
+    assert "| RLAD + named | 0.0003 | 81.5% | 81.5% | 81.5% | 81.5% ± 6.4% | +20.0 ± 0.0 | 25% / 82% | 4 |" in text
+    assert "| RLAD + named | 0.0003 | 51.5% | 51.5% | 51.5% | 51.5% ± 6.4% | -10.0 ± 0.0 | 25% / 52% | - |" in text
+    assert text.count("| before | | 10.0% | 10.0% | 10.0% | 10.0% | | | |") == 2
+    assert text.count("| GRPO | 50.0% | 60.0% |") == 1
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
@@ -88,29 +85,13 @@ def test_first_step_that_reaches_a_target():
 
 
 def test_every_method_is_well_formed(tmp_path):
-    for trainer, settings in comparison.ALL.values():
-        if trainer is not None:
-            RLADConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
-            assert hasattr(variants, trainer)
+    for phases in comparison.METHODS.values():
+        for phase in phases:
+            if phase is not comparison.OFFLINE:
+                settings = {name: value for name, value in phase.items() if name not in ("trainer", "trusted")}
+                RLADConfig(str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_type="constant", **settings)
+                assert hasattr(variants, phase.get("trainer", "RLADTrainer"))
     for plan in comparison.STUDENTS.values():
-        assert set(plan["candidates"]) <= set(comparison.CANDIDATES)
+        assert {*plan["without"], *plan["flawed"]} <= set(comparison.METHODS)
         assert plan["steps"] % plan["eval_steps"] == 0  # or the end isn't measured
-    assert set(comparison.OPTIONS) <= set(comparison.CANDIDATES)
-    assert set(comparison.QUICK_METHODS) <= set(comparison.METHODS)
-
-
-@pytest.mark.parametrize(
-    ("completion", "kind"),
-    [
-        ("kk A kn ok", "right"),
-        ("kk ok", "`ok` too early"),
-        ("kk A kn ok nk", "other"),
-        ("kk A kn B nk ok", "`ok` missed"),
-        ("kk A kn", "`ok` missed"),
-        ("kk B kn ok", "wrong name"),
-        ("kk A nk ok", "other"),
-        ("", "other"),
-    ],
-)
-def test_first_mistake(completion, kind):
-    assert mistakes.classify(completion, "kk A kn ok") == kind
+    assert {*comparison.SHARED_RATE, *comparison.SHARED_RATE.values(), *comparison.QUICK} <= set(comparison.METHODS)

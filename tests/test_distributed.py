@@ -11,7 +11,7 @@ import tiny
 import torch
 import yaml
 from distributed_worker import make_ragged_batch
-from test_teacher_scorer import naive_scores
+from test_teacher_scorer import assert_names, naive_scores
 
 
 TESTS = Path(__file__).parent
@@ -144,3 +144,43 @@ def test_an_absent_rank_is_named(tmp_path, paths):
     assert run.returncode != 0
     assert "Rank 0 waited 3 s in vain for the other ranks to start call 1 of TeacherScorer.score" in run.stderr
     assert "Ranks 1 failed to pass monitoredBarrier" in run.stderr
+
+
+NAMED = {"teacher_kl_estimator": "forward", "teacher_kl_coef": 1.0, "teacher_top_k": 4, "alpha": 0.5}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory, paths):
+    return launch(tmp_path_factory.mktemp("named"), "ddp", **paths, **NAMED)
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload"])
+def test_named_tokens_under_zero(config, tmp_path, paths, named):
+    # The teacher's likeliest tokens from its shards, and the gradient through the student's own LM head in shards
+    results = launch(tmp_path, config, **paths, **NAMED)
+    for rank in range(2):
+        scores = torch.load(tmp_path / f"scores_{rank}.pt")
+        assert_names(scores, paths["teacher"], make_ragged_batch(rank), 4)
+    assert_losses(results, named)
+
+
+def test_named_tokens_under_fsdp2(tmp_path, paths, named):
+    results = launch(tmp_path, "ddp", fsdp="no", **paths, **NAMED)
+    assert results[0]["teacher"] == "FSDPTeacher"
+    for rank in range(2):
+        scores = torch.load(tmp_path / f"scores_{rank}.pt")
+        assert_names(scores, paths["teacher"], make_ragged_batch(rank), 4)
+    assert_losses(results, named)
+
+
+def test_named_tokens_of_the_students_own_base(tmp_path, paths):
+    results = launch(tmp_path, "zero3", student=paths["student"], teacher="base", lora=True, **NAMED)
+    whole = launch(tmp_path / "ddp", "ddp", student=paths["student"], teacher="base", lora=True, **NAMED)
+    assert_losses(results, whole)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_distil_then_reinforce_in_two_processes(config, tmp_path, paths):
+    kwargs = {"teacher_kl_estimator": "forward", "alpha": 1.0, "distillation_ratio": 0.5, "max_steps": 4}
+    results = launch(tmp_path, config, **paths, **kwargs)
+    assert len(results[0]["losses"]) == 4

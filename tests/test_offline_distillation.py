@@ -19,7 +19,7 @@ from evaluate import evaluate  # noqa: E402
 from mini.knights_knaves import correctness_reward, make_dataset, make_tokenizer  # noqa: E402
 from offline_distillation import collect, make_trainer  # noqa: E402
 from rlad_grpo import MINI  # noqa: E402
-from sampling import sample  # noqa: E402
+from sampling import add_teacher_weight, sample  # noqa: E402
 
 
 STUDENT, TEACHER = str(MINI / "student"), str(MINI / "teacher")
@@ -44,7 +44,7 @@ def test_only_right_answers_that_end_are_kept(puzzles, max_new_tokens):
     answers = [(row, text, len(text.split())) for row, texts in zip(puzzles, samples, strict=True) for text in texts]
     right = [answer for answer in answers if answer[1] == answer[0]["solution"]]
     ended = [answer for answer in right if answer[2] < max_new_tokens]  # with room for the end-of-sequence token
-    assert 0 < len(ended) < len(answers) / 2
+    assert 0 < len(ended) < len(answers)
     assert (len(ended) < len(right)) == (max_new_tokens == 8)
     assert list(zip(pool["prompt"], pool["completion"], strict=True)) == [
         (row["prompt"], text) for row, text, _ in ended
@@ -134,3 +134,35 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     )
     assert before > after
     assert f"  {before:6.1%} -> {after:6.1%}" in stdout
+
+
+def test_where_a_teacher_is_to_be_believed(puzzles, tmp_path):
+    # The student as the teacher, as it is often wrong
+    path, asked = tmp_path / "new" / "teacher_weight.json", []
+
+    def reward(**columns):
+        asked.append(len(columns["completions"]))
+        return correctness_reward(**columns)
+
+    sampling = {"max_new_tokens": 33, "seed": 3}
+    weighted = add_teacher_weight(puzzles.select(range(16)), STUDENT, reward, 1.0, 4, path, **sampling)
+    samples = sample(STUDENT, list(puzzles["prompt"][:16]), 4, **sampling)
+    expected = [
+        sum(text == row["solution"] for text in texts) / 4 for row, texts in zip(weighted, samples, strict=True)
+    ]
+    assert weighted["teacher_weight"][:] == expected and 0 < sum(expected) < 16
+    # What is known isn't sampled again
+    assert asked == [16] * 4
+    again = add_teacher_weight(puzzles, STUDENT, reward, 1.0, 4, path, **sampling)
+    assert again["teacher_weight"][:16] == expected and asked[4:] == [8] * 4
+    assert add_teacher_weight(puzzles, STUDENT, None, 1.0, 4, path)["teacher_weight"][:] == again["teacher_weight"][:]
+    for other in ((TEACHER, 4), (STUDENT, 2)):
+        with pytest.raises(ValueError, match="answers of another teacher or another number of them"):
+            add_teacher_weight(puzzles, other[0], reward, 1.0, other[1], path)
+
+
+def test_collecting_answers_says_where_to_believe_the_teacher(puzzles, tmp_path):
+    path = tmp_path / "teacher_weight.json"
+    _, counts = collect(STUDENT, puzzles, correctness_reward, 1.0, 4, 33, path, seed=3)
+    weights = add_teacher_weight(puzzles, STUDENT, None, 1.0, 4, path)["teacher_weight"]
+    assert 4 * sum(weights) == counts["kept_samples"]

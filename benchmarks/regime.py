@@ -1,0 +1,83 @@
+"""
+Draw when a teacher inside the loss helps: the gain of a method over GRPO against that of on-policy distillation over GRPO.
+
+    python benchmarks/regime.py
+
+Ours from `benchmarks/results/comparison_runs.jsonl`, with 95% intervals over the seeds; the published ones, of single runs,
+from "Sequential Beats Joint" (arXiv 2609.04108; knights and knaves, Zebra, Countdown and mathematics with Qwen3-8B teaching
+1.7B and 0.6B) and the model card ziansu/r2egym-rlad (SWE-bench, 27B teaching 4B). On-policy distillation is that with k2 as
+published, without a bound.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+import matplotlib.pyplot as plt
+from comparison import STUDENTS, TEACHERS, choose_rates, final, interval, make_plan, pick, read_results
+
+
+# On-policy distillation - GRPO and TRRD - GRPO, in points of accuracy
+PUBLISHED = {
+    "K&K 1.7B": (22.4, 23.6),
+    "K&K 0.6B": (28.6, 23.1),
+    "Zebra 1.7B": (13.9, 10.1),
+    "Zebra 0.6B": (9.2, 5.3),
+    "Countdown 1.7B": (-22.9, -6.3),
+    "Countdown 0.6B": (-26.1, -9.8),
+    "MATH500": (3.6, 3.6),
+    "AMC": (2.6, -0.5),
+    "AIME24": (3.1, 2.6),
+    "AIME25": (1.1, 1.3),
+    "SWE 4B": (5.7, 5.8),
+}
+METHODS = ("RLAD", "RLAD + named", "RLAD + named, trusted", "offline distillation")
+
+
+def gains(results, plan, rates, method, teacher):
+    """Mean and half a 95% interval of what a method gains over GRPO, seed by seed, in points."""
+    grpo, runs = (pick(results, name, teacher, rates[name], plan["seeds"]) for name in ("GRPO", method))
+    values = [100 * (final(run) - final(other)) for run, other in zip(runs, grpo, strict=True)]
+    return mean(values), interval(values)
+
+
+def main():
+    here = Path(__file__).parent / "results"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=here / "comparison_runs.jsonl", help="the runs of comparison.py")
+    parser.add_argument("--output", type=Path, default=here / "regime.png", help="where to save the figure")
+    args = parser.parse_args()
+    plt.figure(figsize=(8, 6), layout="constrained")
+    axis = plt.gca()
+    axis.axhline(0, color="gray", linewidth=0.6)
+    axis.axvline(0, color="gray", linewidth=0.6)
+    axis.axline((0, 0), slope=1, color="gray", linewidth=0.6, linestyle=":")
+    axis.scatter(
+        *zip(*PUBLISHED.values(), strict=True), color="lightgray", marker="s", label="TRRD, published", zorder=2
+    )
+    for name, point in PUBLISHED.items():
+        axis.annotate(name, point, color="gray", fontsize=7, xytext=(4, -8), textcoords="offset points")
+    every_result = read_results(args.runs)
+    for student in STUDENTS:
+        plan = make_plan(student)
+        results = [run for run in every_result if (run["student"], run["steps"]) == (student, plan["steps"])]
+        rates = choose_rates(results, plan)
+        for teacher in TEACHERS:
+            x, x_width = gains(results, plan, rates, "on-policy distillation", teacher)
+            axis.annotate(f"{student}, {teacher}", (x, 27), rotation=90, fontsize=7, va="top", ha="right")
+            for index, method in enumerate(METHODS):
+                y, y_width = gains(results, plan, rates, method, teacher)
+                label = method if (student, teacher) == ("mistaken", "strong") else None
+                settings = {"fmt": "o", "color": f"C{index}", "markersize": 4, "elinewidth": 1, "label": label}
+                axis.errorbar(x, y, y_width, x_width, **settings)
+                print(
+                    f"{student:>10} {teacher:>7}  {x:+6.1f} ± {x_width:4.1f}  {method:>22}  {y:+6.1f} ± {y_width:4.1f}"
+                )
+    axis.set(xlabel="on-policy distillation - GRPO, points", ylabel="method - GRPO, points")
+    axis.legend(frameon=False, loc="upper left")
+    plt.savefig(args.output, dpi=150)
+    print(f"Saved {args.output}")
+
+
+if __name__ == "__main__":
+    main()
