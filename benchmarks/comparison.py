@@ -84,20 +84,24 @@ METHODS = {
     "RLAD + named, shuffled teacher": [NAMED | {"trainer": "ShuffledTrainer"}],
     "random gate": [{"trainer": "RandomGateTrainer"}],
 }
-SHARED_RATE = {
+SHARED_RATE = {  # run at the rate of another method, with which they are to be compared
     "GRPO + named": "RLAD + named",
     "RLAD + named, shuffled teacher": "RLAD + named",
     "random gate": "RLAD",
-}  # with the strong teacher only, at the rate of what they are to be compared with
-FEW = ("RLAD", "KDRL", "on-policy distillation", "offline distillation", "RLAD + named", "RLAD + named, trusted")
+    "credit, normalized": "credit",
+}
+CONTROLS = ("GRPO + named", "RLAD + named, shuffled teacher", "random gate")
+FEW = ("GRPO", "RLAD", "on-policy distillation", "offline distillation", "RLAD + named, trusted")
 MISTAKEN_ONLY = (
+    "RLAD + named",
+    "on-policy distillation, forward",
     "KDRL, bounded",
     "on-policy distillation, bounded",
     "distil, then GRPO",
     "distil, then RLAD",
     "offline, then RLAD + named",
 )
-OLDER = ("credit", "credit, normalized")
+OLDER = ("credit", "credit, normalized")  # with the hasty student only
 # Rollouts in a step come in groups of 8, or are as many kept samples of the teacher
 STUDENTS = {
     "mistaken": {
@@ -105,21 +109,21 @@ STUDENTS = {
         "eval_steps": 20,
         "rollouts": 64,
         "without": OLDER,
-        "flawed": ("GRPO", *FEW, "on-policy distillation, forward", "distil, then GRPO"),
+        "flawed": ("GRPO", "RLAD", "on-policy distillation", "RLAD + named", "RLAD + named, trusted"),
     },
     "hasty": {
         "steps": 40,
         "eval_steps": 8,
         "rollouts": 128,
-        "without": (*SHARED_RATE, *MISTAKEN_ONLY),
-        "flawed": ("GRPO", *FEW, "credit"),
+        "without": (*CONTROLS, *MISTAKEN_ONLY),
+        "flawed": (*FEW, "credit"),
     },
     "sheltered": {
         "steps": 80,
         "eval_steps": 16,
         "rollouts": 128,
-        "without": (*SHARED_RATE, *MISTAKEN_ONLY, *OLDER),
-        "flawed": ("GRPO", *FEW),
+        "without": (*CONTROLS, *MISTAKEN_ONLY, *OLDER),
+        "flawed": FEW,
     },
 }
 SEEDS = (1, 2, 3, 4, 5)
@@ -312,7 +316,7 @@ def make_jobs(pairs, teacher, seeds):
         {"method": method, "teacher": teacher, "rate": rate, "seed": seed}
         for seed in seeds
         for method, rate in pairs
-        if teacher == "strong" or method not in ("GRPO", *SHARED_RATE)  # GRPO has no teacher
+        if (method, teacher) != ("GRPO", "flawed")  # it has no teacher
     ]
 
 

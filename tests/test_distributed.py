@@ -160,7 +160,7 @@ def test_named_tokens_under_zero(config, tmp_path, paths, named):
     results = launch(tmp_path, config, **paths, **NAMED)
     for rank in range(2):
         scores = torch.load(tmp_path / f"scores_{rank}.pt")
-        assert_names(scores, paths["teacher"], make_ragged_batch(rank), 4)
+        assert_names(scores, paths["teacher"], make_ragged_batch(rank), 4, shared=32)
     assert_losses(results, named)
 
 
@@ -169,7 +169,7 @@ def test_named_tokens_under_fsdp2(tmp_path, paths, named):
     assert results[0]["teacher"] == "FSDPTeacher"
     for rank in range(2):
         scores = torch.load(tmp_path / f"scores_{rank}.pt")
-        assert_names(scores, paths["teacher"], make_ragged_batch(rank), 4)
+        assert_names(scores, paths["teacher"], make_ragged_batch(rank), 4, shared=32)
     assert_losses(results, named)
 
 
