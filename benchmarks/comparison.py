@@ -314,8 +314,8 @@ def make_jobs(pairs, teacher, seeds):
     """Jobs for pairs of a method and a learning rate."""
     return [
         {"method": method, "teacher": teacher, "rate": rate, "seed": seed}
-        for seed in seeds
         for method, rate in pairs
+        for seed in seeds
         if (method, teacher) != ("GRPO", "flawed")  # it has no teacher
     ]
 

@@ -9,6 +9,7 @@ from statistics import mean
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ._trl import CLIPPED_LOSS_TYPES, GuidedGRPOTrainer, get_config_model_id
@@ -118,7 +119,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *grpo_args, **grpo_kwargs)
 
-        if args.needs_teacher and "teacher_weight" in (getattr(self.train_dataset, "column_names", None) or []):
+        if isinstance(self.train_dataset, Dataset) and "teacher_weight" in self.train_dataset.column_names:
             read_weights(self.train_dataset["teacher_weight"])  # refuses bad ones before training
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
         self.teacher_scorer = None

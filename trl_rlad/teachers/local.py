@@ -214,7 +214,7 @@ class LocalTeacher:
 
     def release(self):
         """Let the weights go. They are loaded again when the teacher is to score again; a model object stays."""
-        if isinstance(self.source, str):
+        if isinstance(self.source, str) and self.model is not None:
             self.model = self.head = self.lm_head = None
             torch.cuda.empty_cache()
 
