@@ -205,6 +205,7 @@ def main():
     trainer.train()
     after = measure(trainer, eval_dataset)
     trainer.save_model()
+    trainer.save_state()  # the log, as `trainer_state.json`
     if trainer.is_world_process_zero():
         print(f"Accuracy on {len(eval_dataset)} held-out puzzles:")
         for difficulty, scores in before.items():

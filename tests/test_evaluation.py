@@ -71,7 +71,8 @@ def test_batches_do_not_change_a_completion(puzzles):
 
 def test_the_seed_decides(puzzles):
     first, same, other = (
-        sample(STUDENT, list(puzzles["prompt"]), 2, temperature=2.0, max_new_tokens=33, seed=seed) for seed in (1, 1, 2)
+        sample(STUDENT, list(puzzles["prompt"]), 2, temperature=2.0, max_new_tokens=33, seed=seed)
+        for seed in (1, 1, 2)
     )
     assert first == same != other
     assert any(texts[0] != texts[1] for texts in first)
