@@ -90,39 +90,31 @@ SHARED_RATE = {  # run at the rate of another method, with which they are to be 
     "random gate": "RLAD",
     "credit, normalized": "credit",
 }
-CONTROLS = ("GRPO + named", "RLAD + named, shuffled teacher", "random gate")
-FEW = ("GRPO", "RLAD", "on-policy distillation", "offline distillation", "RLAD + named, trusted")
-MISTAKEN_ONLY = (
-    "RLAD + named",
-    "on-policy distillation, forward",
-    "KDRL, bounded",
-    "on-policy distillation, bounded",
-    "distil, then GRPO",
-    "distil, then RLAD",
-    "offline, then RLAD + named",
-)
-OLDER = ("credit", "credit, normalized")  # with the hasty student only
+FEW = ("GRPO", "RLAD", "on-policy distillation", "offline distillation", "RLAD + named", "RLAD + named, trusted")
 # Rollouts in a step come in groups of 8, or are as many kept samples of the teacher
 STUDENTS = {
     "mistaken": {
-        "steps": 40,
-        "eval_steps": 20,
-        "rollouts": 64,
-        "without": OLDER,
-        "flawed": ("GRPO", "RLAD", "on-policy distillation", "RLAD + named", "RLAD + named, trusted"),
+        "steps": 60,
+        "eval_steps": 15,
+        "rollouts": 128,
+        "sweep": {"steps": 40, "eval_steps": 20, "rollouts": 64},
+        "methods": (*FEW, "on-policy distillation, forward"),
+        "flawed": ("GRPO", "on-policy distillation", "RLAD + named", "RLAD + named, trusted"),
     },
     "hasty": {
         "steps": 40,
         "eval_steps": 8,
         "rollouts": 128,
-        "without": (*CONTROLS, *MISTAKEN_ONLY),
+        "sweep": {},
+        "methods": (*FEW, "KDRL", "credit", "credit, normalized"),
         "flawed": (*FEW, "credit"),
     },
     "sheltered": {
         "steps": 80,
         "eval_steps": 16,
         "rollouts": 128,
-        "without": (*CONTROLS, *MISTAKEN_ONLY, *OLDER),
+        "sweep": {},
+        "methods": (*FEW, "KDRL"),
         "flawed": FEW,
     },
 }
@@ -228,7 +220,7 @@ def prepare(plan, output_dir):
             COMPARISON[name](output_dir / name)
     # As many samples as the other methods draw rollouts
     puzzles = make_dataset(PEOPLE, plan["steps"] * plan["rollouts"] // 8, seed=0, held_out=False)
-    for teacher in TEACHERS:
+    for teacher in TEACHERS if "offline distillation" in plan["flawed"] else TEACHERS[:1]:
         if not (path := samples_path(plan | {"teacher": teacher}, output_dir)).exists():
             samples, counts = offline_distillation.collect(
                 str(teacher_path(plan["student"], teacher, output_dir)),
@@ -301,13 +293,14 @@ def final(result):
 
 
 def study(plan, output_dir):
-    """Run everything. Returns the results, and the learning rate of each method."""
+    """Run everything. Returns the results, those of the sweep, and the learning rate of each method."""
     swept = [(method, rate) for method in plan["methods"] if method not in SHARED_RATE for rate in plan["rates"]]
-    results = run_missing(make_jobs(swept, "strong", [0] * (len(plan["rates"]) > 1)), plan, output_dir)
-    rates = choose_rates(results, plan)
+    jobs = make_jobs(swept, "strong", [0] * (len(plan["rates"]) > 1))
+    sweep = run_missing(jobs, plan | plan["sweep"], output_dir)
+    rates = choose_rates(sweep, plan)
     flawed = {method: rate for method, rate in rates.items() if method in plan["flawed"]}
     jobs = make_jobs(rates.items(), "strong", plan["seeds"]) + make_jobs(flawed.items(), "flawed", plan["seeds"])
-    return run_missing(jobs, plan, output_dir), rates
+    return run_missing(jobs, plan, output_dir), sweep, rates
 
 
 def make_jobs(pairs, teacher, seeds):
@@ -377,13 +370,13 @@ def tabulate(results, rates, plan, teacher):
     return "\n".join(rows)
 
 
-def tabulate_sweep(results, plan, rates):
+def tabulate_sweep(sweep, plan, rates):
     """Final accuracy of the runs with seed 0, from which the rates were chosen."""
     rows = ["| method | " + " | ".join(f"{rate:g}" for rate in plan["rates"]) + " |"]
     rows.append("|---|" + "---|" * len(plan["rates"]))
     for method in rates:
         if method not in SHARED_RATE:
-            runs = {run["rate"]: final(run) for run in pick(results, method, "strong", rate=None, seeds=[0])}
+            runs = {run["rate"]: final(run) for run in pick(sweep, method, "strong", rate=None, seeds=[0])}
             rows.append(f"| {method} | " + " | ".join(f"{runs[rate]:.1%}" for rate in plan["rates"]) + " |")
     return "\n".join(rows)
 
@@ -411,7 +404,7 @@ def plot(results, rates, plan, path):
     figure.savefig(path, dpi=150)
 
 
-def report(results, rates, plan, path, command):
+def report(results, sweep, rates, plan, path, command):
     """Write the tables to `path` and the curves beside it."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlad"))
     seeds = ", ".join(map(str, plan["seeds"]))
@@ -428,7 +421,7 @@ def report(results, rates, plan, path, command):
     ]
     if len(plan["rates"]) > 1:
         parts.append(
-            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher.\n\n{tabulate_sweep(results, plan, rates)}"
+            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher.\n\n{tabulate_sweep(sweep, plan, rates)}"
         )
     path.write_text("\n\n".join(parts) + "\n")
     plot(results, rates, plan, path.with_suffix(".png"))
@@ -436,8 +429,7 @@ def report(results, rates, plan, path, command):
 
 
 def make_plan(student):
-    plan = {"student": student, "rates": RATES, "seeds": SEEDS} | STUDENTS[student]
-    return plan | {"methods": tuple(method for method in METHODS if method not in plan["without"])}
+    return {"student": student, "rates": RATES, "seeds": SEEDS} | STUDENTS[student]
 
 
 def main():
@@ -458,10 +450,10 @@ def main():
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train
     prepare(plan, args.output_dir)
-    results, rates = study(plan, args.output_dir)
+    results, sweep, rates = study(plan, args.output_dir)
     command = f"python benchmarks/comparison.py --student {args.student}" + " --quick" * args.quick
     name = f"comparison_{args.student}" + "_quick" * args.quick
-    report(results, rates, plan, args.output_dir / f"{name}.md", command)
+    report(results, sweep, rates, plan, args.output_dir / f"{name}.md", command)
 
 
 if __name__ == "__main__":
