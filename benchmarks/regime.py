@@ -31,7 +31,7 @@ PUBLISHED = {
     "AIME25": (1.1, 1.3),
     "SWE 4B": (5.7, 5.8),
 }
-METHODS = ("RLAD", "RLAD + named", "RLAD + named, trusted", "offline distillation")
+METHODS = ("RLAD", "RLAD + named, trusted")
 
 
 def gains(results, plan, rates, method, teacher):
@@ -61,7 +61,8 @@ def main():
     for student in STUDENTS:
         plan = make_plan(student)
         results = [run for run in every_result if (run["student"], run["steps"]) == (student, plan["steps"])]
-        rates = choose_rates(results, plan)
+        steps = (plan | plan["sweep"])["steps"]
+        rates = choose_rates([r for r in every_result if (r["student"], r["steps"]) == (student, steps)], plan)
         for teacher in TEACHERS:
             x, x_width = gains(results, plan, rates, "on-policy distillation", teacher)
             axis.annotate(f"{student}, {teacher}", (x, 27), rotation=90, fontsize=7, va="top", ha="right")

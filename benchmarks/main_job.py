@@ -1,7 +1,7 @@
 """
 Run the main job, `examples/rlad_grpo.py`, by three methods with three seeds, and write the README's table and figure.
 
-    python benchmarks/mini.py
+    python benchmarks/main_job.py
 
 A run takes two minutes on two CPU cores; those that are in the output folder already aren't made again.
 """
@@ -63,7 +63,7 @@ def main():
     lines = [
         "# The main job in miniature",
         "",
-        f"`python benchmarks/mini.py` on {time.strftime('%d %B %Y')}, {os.cpu_count()} CPU cores, {packages}.",
+        f"`python benchmarks/main_job.py` on {time.strftime('%d %B %Y')}, {os.cpu_count()} CPU cores, {packages}.",
         "Held-out puzzles, 128 for each number of people (of two there are but 18 different ones), sampled at temperature 0.6",
         f"and top-p 0.95; accuracy in percent, mean and 95% interval over the seeds {', '.join(map(str, SEEDS))}.",
         "",
