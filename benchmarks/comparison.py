@@ -90,35 +90,41 @@ SHARED_RATE = {  # run at the rate of another method, with which they are to be 
     "random gate": "RLAD",
     "credit, normalized": "credit",
 }
-FEW = ("GRPO", "RLAD", "on-policy distillation", "offline distillation", "RLAD + named", "RLAD + named, trusted")
+FEW = ("GRPO", "RLAD", "KDRL", "on-policy distillation", "offline distillation")
 # Rollouts in a step come in groups of 8, or are as many kept samples of the teacher
 STUDENTS = {
     "mistaken": {
-        "steps": 60,
-        "eval_steps": 15,
-        "rollouts": 128,
-        "sweep": {"steps": 40, "eval_steps": 20, "rollouts": 64},
-        "methods": (*FEW, "on-policy distillation, forward"),
-        "flawed": ("GRPO", "on-policy distillation", "RLAD + named", "RLAD + named, trusted"),
+        "seeds": (1, 2, 3, 4, 5),
+        "steps": 40,
+        "eval_steps": 20,
+        "rollouts": 64,
+        "methods": (
+            *FEW,
+            "KDRL, bounded",
+            "on-policy distillation, bounded",
+            "on-policy distillation, forward",
+            "RLAD + named",
+            "RLAD + named, trusted",
+        ),
+        "flawed": (),
     },
     "hasty": {
+        "seeds": (1, 2, 3, 4, 5, 6, 7, 8),
         "steps": 40,
         "eval_steps": 8,
         "rollouts": 128,
-        "sweep": {},
-        "methods": (*FEW, "KDRL", "credit", "credit, normalized"),
-        "flawed": (*FEW, "credit"),
+        "methods": (*FEW, "credit"),
+        "flawed": ("GRPO", "RLAD", "offline distillation", "credit"),
     },
     "sheltered": {
+        "seeds": (1, 2, 3, 4, 5),
         "steps": 80,
         "eval_steps": 16,
         "rollouts": 128,
-        "sweep": {},
-        "methods": (*FEW, "KDRL"),
-        "flawed": FEW,
+        "methods": (*FEW, "credit"),
+        "flawed": ("GRPO", "RLAD", "on-policy distillation", "offline distillation"),
     },
 }
-SEEDS = (1, 2, 3, 4, 5)
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
 QUICK = (
     "GRPO",
@@ -208,6 +214,10 @@ def student_path(student, output_dir):
     return MINI / "student" if student == "mistaken" else output_dir / f"{student}_student"
 
 
+def list_teachers(plan):
+    return TEACHERS if plan["flawed"] else TEACHERS[:1]
+
+
 def samples_path(job, output_dir):
     flaw = f"_{job['student']}" * (job["student"] == "mistaken" and job["teacher"] == "flawed")
     return output_dir / f"{job['teacher']}{flaw}_samples_{job['steps']}"
@@ -220,7 +230,7 @@ def prepare(plan, output_dir):
             COMPARISON[name](output_dir / name)
     # As many samples as the other methods draw rollouts
     puzzles = make_dataset(PEOPLE, plan["steps"] * plan["rollouts"] // 8, seed=0, held_out=False)
-    for teacher in TEACHERS if "offline distillation" in plan["flawed"] else TEACHERS[:1]:
+    for teacher in list_teachers(plan):
         if not (path := samples_path(plan | {"teacher": teacher}, output_dir)).exists():
             samples, counts = offline_distillation.collect(
                 str(teacher_path(plan["student"], teacher, output_dir)),
@@ -293,14 +303,13 @@ def final(result):
 
 
 def study(plan, output_dir):
-    """Run everything. Returns the results, those of the sweep, and the learning rate of each method."""
+    """Run everything. Returns the results, and the learning rate of each method."""
     swept = [(method, rate) for method in plan["methods"] if method not in SHARED_RATE for rate in plan["rates"]]
     jobs = make_jobs(swept, "strong", [0] * (len(plan["rates"]) > 1))
-    sweep = run_missing(jobs, plan | plan["sweep"], output_dir)
-    rates = choose_rates(sweep, plan)
+    rates = choose_rates(run_missing(jobs, plan, output_dir), plan)
     flawed = {method: rate for method, rate in rates.items() if method in plan["flawed"]}
     jobs = make_jobs(rates.items(), "strong", plan["seeds"]) + make_jobs(flawed.items(), "flawed", plan["seeds"])
-    return run_missing(jobs, plan, output_dir), sweep, rates
+    return run_missing(jobs, plan, output_dir), rates
 
 
 def make_jobs(pairs, teacher, seeds):
@@ -370,21 +379,23 @@ def tabulate(results, rates, plan, teacher):
     return "\n".join(rows)
 
 
-def tabulate_sweep(sweep, plan, rates):
+def tabulate_sweep(results, plan, rates):
     """Final accuracy of the runs with seed 0, from which the rates were chosen."""
     rows = ["| method | " + " | ".join(f"{rate:g}" for rate in plan["rates"]) + " |"]
     rows.append("|---|" + "---|" * len(plan["rates"]))
     for method in rates:
         if method not in SHARED_RATE:
-            runs = {run["rate"]: final(run) for run in pick(sweep, method, "strong", rate=None, seeds=[0])}
+            runs = {run["rate"]: final(run) for run in pick(results, method, "strong", rate=None, seeds=[0])}
             rows.append(f"| {method} | " + " | ".join(f"{runs[rate]:.1%}" for rate in plan["rates"]) + " |")
     return "\n".join(rows)
 
 
 def plot(results, rates, plan, path):
     """Mean accuracy over the steps, with a band of 95%."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, teacher in zip(axes, TEACHERS, strict=True):
+    figure, axes = plt.subplots(
+        1, len(list_teachers(plan)), figsize=(11, 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, teacher in zip(axes[0], list_teachers(plan), strict=True):
         for index, method in enumerate(method for method in SHOWN if method in rates):
             runs = pick(results, method, teacher, rates[method], plan["seeds"])
             if not runs:
@@ -399,12 +410,12 @@ def plot(results, rates, plan, path):
             axis.fill_between(steps, low, high, color=f"C{index}", alpha=0.12, linewidth=0)
         axis.set(title=f"{teacher} teacher", xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy, mean of 2, 3 and 4 people")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    axes[0, 0].set_ylabel("held-out accuracy, mean of 2, 3 and 4 people")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def report(results, sweep, rates, plan, path, command):
+def report(results, rates, plan, path, command):
     """Write the tables to `path` and the curves beside it."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlad"))
     seeds = ", ".join(map(str, plan["seeds"]))
@@ -417,11 +428,12 @@ def report(results, sweep, rates, plan, path, command):
         f"the mean curve first reaches GRPO's final mean, measured every {plan['eval_steps']} steps.",
     ]
     parts += [
-        f"## {teacher.capitalize()} teacher\n\n{tabulate(results, rates, plan, teacher)}" for teacher in TEACHERS
+        f"## {teacher.capitalize()} teacher\n\n{tabulate(results, rates, plan, teacher)}"
+        for teacher in list_teachers(plan)
     ]
     if len(plan["rates"]) > 1:
         parts.append(
-            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher.\n\n{tabulate_sweep(sweep, plan, rates)}"
+            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher.\n\n{tabulate_sweep(results, plan, rates)}"
         )
     path.write_text("\n\n".join(parts) + "\n")
     plot(results, rates, plan, path.with_suffix(".png"))
@@ -429,7 +441,7 @@ def report(results, sweep, rates, plan, path, command):
 
 
 def make_plan(student):
-    return {"student": student, "rates": RATES, "seeds": SEEDS} | STUDENTS[student]
+    return {"student": student, "rates": RATES} | STUDENTS[student]
 
 
 def main():
@@ -450,10 +462,10 @@ def main():
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train
     prepare(plan, args.output_dir)
-    results, sweep, rates = study(plan, args.output_dir)
+    results, rates = study(plan, args.output_dir)
     command = f"python benchmarks/comparison.py --student {args.student}" + " --quick" * args.quick
     name = f"comparison_{args.student}" + "_quick" * args.quick
-    report(results, sweep, rates, plan, args.output_dir / f"{name}.md", command)
+    report(results, rates, plan, args.output_dir / f"{name}.md", command)
 
 
 if __name__ == "__main__":

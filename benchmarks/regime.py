@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
-from comparison import STUDENTS, TEACHERS, choose_rates, final, interval, make_plan, pick, read_results
+from comparison import STUDENTS, choose_rates, final, interval, make_plan, pick, read_results
 
 
 # On-policy distillation - GRPO and TRRD - GRPO, in points of accuracy
@@ -31,7 +31,7 @@ PUBLISHED = {
     "AIME25": (1.1, 1.3),
     "SWE 4B": (5.7, 5.8),
 }
-METHODS = ("RLAD", "RLAD + named, trusted")
+METHODS = ("RLAD", "RLAD + named", "offline distillation")
 
 
 def gains(results, plan, rates, method, teacher):
@@ -61,12 +61,15 @@ def main():
     for student in STUDENTS:
         plan = make_plan(student)
         results = [run for run in every_result if (run["student"], run["steps"]) == (student, plan["steps"])]
-        steps = (plan | plan["sweep"])["steps"]
-        rates = choose_rates([r for r in every_result if (r["student"], r["steps"]) == (student, steps)], plan)
-        for teacher in TEACHERS:
+        rates = choose_rates(results, plan)
+        for teacher in ("strong", "flawed")[: 1 + ("on-policy distillation" in plan["flawed"])]:
             x, x_width = gains(results, plan, rates, "on-policy distillation", teacher)
-            axis.annotate(f"{student}, {teacher}", (x, 27), rotation=90, fontsize=7, va="top", ha="right")
+            place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
+            axis.annotate(f" {student}, {teacher} teacher", (x, 0), fontsize=7, **place)
+            shown = plan["methods"] if teacher == "strong" else plan["flawed"]
             for index, method in enumerate(METHODS):
+                if method not in shown:
+                    continue
                 y, y_width = gains(results, plan, rates, method, teacher)
                 label = method if (student, teacher) == ("mistaken", "strong") else None
                 settings = {"fmt": "o", "color": f"C{index}", "markersize": 4, "elinewidth": 1, "label": label}
@@ -75,6 +78,7 @@ def main():
                     f"{student:>10} {teacher:>7}  {x:+6.1f} ± {x_width:4.1f}  {method:>22}  {y:+6.1f} ± {y_width:4.1f}"
                 )
     axis.set(xlabel="on-policy distillation - GRPO, points", ylabel="method - GRPO, points")
+    axis.set_xlim(right=36)
     axis.legend(frameon=False, loc="upper left")
     plt.savefig(args.output, dpi=150)
     print(f"Saved {args.output}")

@@ -20,7 +20,6 @@ PLAN = {
     "steps": 4,
     "eval_steps": 2,
     "rollouts": 8,
-    "sweep": {"steps": 2},
     "rates": (1e-4, 3e-4),
     "seeds": (1, 2),
     "methods": METHODS,
@@ -53,8 +52,8 @@ def asked(monkeypatch):
 
 
 def test_the_study_sweeps_chooses_and_goes_on_where_it_was(asked, tmp_path):
-    results, sweep, rates = comparison.study(PLAN, tmp_path)
-    # The sweep, with the strong teacher, of fewer steps, at two rates each; what belongs to another method takes that one's rate
+    results, rates = comparison.study(PLAN, tmp_path)
+    # The sweep, with the strong teacher, at two rates each; what belongs to another method takes that one's rate
     assert sorted(asked[:6]) == sorted((method, "strong", rate, 0) for method in METHODS[:3] for rate in (1e-4, 3e-4))
     assert rates == dict.fromkeys(METHODS, 3e-4)
     # With the flawed teacher all that are to be, but for what has no teacher
@@ -67,8 +66,8 @@ def test_the_study_sweeps_chooses_and_goes_on_where_it_was(asked, tmp_path):
 
 
 def test_the_report(asked, tmp_path):
-    results, sweep, rates = comparison.study(PLAN, tmp_path)
-    comparison.report(results, sweep, rates, PLAN, tmp_path / "comparison.md", "command")
+    results, rates = comparison.study(PLAN, tmp_path)
+    comparison.report(results, rates, PLAN, tmp_path / "comparison.md", "command")
     text = (tmp_path / "comparison.md").read_text()
     # Seeds 1 and 2: 61% and 62%, with a standard deviation of 0.0071, so that 12.71 * 0.0071 / 2**0.5 = 6.4%
     assert text.count("| GRPO | 0.0003 | 61.5% | 61.5% | 61.5% | 61.5% ± 6.4% |  | 25% / 62% | 4 |") == 2
@@ -94,6 +93,5 @@ def test_every_method_is_well_formed(tmp_path):
                 assert hasattr(variants, phase.get("trainer", "RLADTrainer"))
     for plan in comparison.STUDENTS.values():
         assert set(plan["flawed"]) <= set(plan["methods"]) <= set(comparison.METHODS)
-        for each in (plan, plan | plan["sweep"]):
-            assert each["steps"] % each["eval_steps"] == 0  # or the end isn't measured
+        assert plan["steps"] % plan["eval_steps"] == 0  # or the end isn't measured
     assert {*comparison.SHARED_RATE, *comparison.SHARED_RATE.values(), *comparison.QUICK} <= set(comparison.METHODS)
