@@ -30,9 +30,9 @@ def count_scored_tokens(teacher):
     """Count the tokens of the rows that this process has its teacher score."""
     score, tokens = teacher.score, []
 
-    def counted(prompts, completions, top_k):
+    def counted(prompts, completions, *args):
         tokens.extend(len(row) for row in (*prompts, *completions))
-        return score(prompts, completions, top_k)
+        return score(prompts, completions, *args)
 
     teacher.score = counted
     return tokens

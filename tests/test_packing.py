@@ -28,7 +28,7 @@ def test_cut_shared_loses_nothing_and_keeps_to_the_budget(prompt_length, lengths
 
 @given(lengths, st.integers(1, 8))
 def test_deal_loses_nothing_and_is_even(costs, processes):
-    hands = deal(costs, processes)
+    hands = deal(costs, [0] * processes)
     assert len(hands) == processes and sorted(i for hand in hands for i in hand) == list(range(len(costs)))
     totals = [sum(costs[i] for i in hand) for hand in hands]
     # The last item that the fullest process got went to the one that had least: they differ by that item at most
@@ -69,4 +69,6 @@ def test_an_item_too_short_for_its_batch_opens_a_new_one():
 
 def test_hand_worked_deal():
     # 9 -> A, 5 -> B, 4 -> B (5 < 9), 3 -> A or B (9 = 9): the first
-    assert deal([5, 9, 3, 4], 2) == [[1, 2], [0, 3]]
+    assert deal([5, 9, 3, 4], [0, 0]) == [[1, 2], [0, 3]]
+    # Where B has 8 to do already: 9 -> A, 5 -> B (8 < 9), 4 -> A (9 < 13), 3 -> A or B (13 = 13)
+    assert deal([5, 9, 3, 4], [0, 8]) == [[1, 3, 2], [0]]

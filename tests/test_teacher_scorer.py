@@ -75,7 +75,7 @@ class CountingTeacher:
     def __init__(self, value=-1.0):
         self.value, self.rows, self.released = value, 0, False
 
-    def score(self, prompts, completions, top_k=0):
+    def score(self, prompts, completions, top_k=0, images=None):
         self.rows += len(prompts)
         return [
             TokenScores(torch.full((len(c),), self.value), c.new_zeros(len(c), 0), torch.zeros(len(c), 0))

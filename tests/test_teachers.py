@@ -196,10 +196,10 @@ def test_a_teacher_that_runs_out_of_memory_takes_smaller_batches(tmp_path, teach
     teacher, batch = make_teacher(teacher_path, tmp_path), make_batch()
     score_rows = teacher.score
 
-    def score_few(prompts, completions, top_k):
+    def score_few(prompts, completions, *args):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError
-        return score_rows(prompts, completions)
+        return score_rows(prompts, completions, *args)
 
     teacher.score = score_few
     scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000)

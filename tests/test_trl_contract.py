@@ -6,6 +6,7 @@ import inspect
 import re
 
 import pytest
+import torch
 import trl
 from trl import GRPOTrainer
 from trl.trainer import utils
@@ -31,6 +32,7 @@ def test_methods_we_override():
         "completion_ids_list",
     ]
     assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
+    assert parameters(GRPOTrainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
     assert parameters(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
     assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:5] == [
         "self",
@@ -90,6 +92,20 @@ def test_batch_keys():
 )  # fmt: skip
 def test_attributes_of_the_trainer(attribute):
     assert re.search(rf"\bself\.{attribute}\b( =|,)", SOURCE)
+
+
+def test_what_a_model_is_given_for_images():
+    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    others = set(names[: names.index("compute_aux_loss") + 1]) | {"num_images", "num_tiles"}
+    assert set(trl_rlad._trl.IMAGE_INPUTS) == set(names) - others
+    for name in (*trl_rlad._trl.IMAGE_INPUTS, "num_images"):
+        assert f'output["{name}"]' in inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    batch = {
+        "num_images": [1, 2],
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * 3),
+        "pixel_values": torch.arange(12.0)[:, None],
+    }
+    assert [len(pixels) for pixels in utils.split_pixel_values_by_grid(batch)["pixel_values"]] == [4, 8]
 
 
 def test_loss_types_that_clip():

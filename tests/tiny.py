@@ -1,13 +1,26 @@
 """Tiny models, a word-level tokenizer, a dataset and a reward: whole training runs within seconds."""
 
+from importlib.resources import files
+
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PaddleOCRVLProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trl_rlad import RLADConfig
 
 
+# One of Qwen's own, which knows tools and images
+CHAT_TEMPLATE = files("trl").joinpath("chat_templates/qwen3_vl.jinja").read_text()
 WORDS = [f"w{i}" for i in range(28)]
 
 
@@ -20,6 +33,90 @@ def make_tokenizer(words=WORDS, eos_token="<eos>"):
     )
 
 
+def make_chat_tokenizer(chat_template=CHAT_TEMPLATE):
+    """A tokenizer that reads and writes any text, byte by byte, in a chat format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens={"image_token": "<|image_pad|>"},
+        padding_side="left",
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>"]})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_processor(patch_size=4):
+    """Qwen's, which is this one but for videos, for which it needs torchvision: patches of 4, and 2 by 2 in a token."""
+    image_processor = Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=2, min_pixels=64, max_pixels=256)
+    return PaddleOCRVLProcessor(image_processor, make_chat_tokenizer(), chat_template=CHAT_TEMPLATE)
+
+
+def make_image(seed, width=16, height=8):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def save_vision_model(path, seed, hidden_size=16, processor=None):
+    """Save a random Qwen3.5 that reads images, with its processor, and return the path as a string."""
+    processor = processor or make_processor()
+    tokenizer = processor.tokenizer
+    text_config = {
+        "vocab_size": len(tokenizer) + 10,  # padded, and the class that loads it adds a token
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.3,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    vision_config = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": processor.image_processor.patch_size,
+        "out_hidden_size": hidden_size,
+        "num_position_embeddings": 16,
+    }
+    config = Qwen3_5Config(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=processor.image_token_id,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+def make_image_dataset(counts, size=16):
+    """Rows with so many images each, of several sizes, in turn."""
+    rows = []
+    for i in range(size):
+        content = "ab" * (1 + i % 3)
+        images = [make_image(10 * i + j, 16, 8 + 8 * (i % 2)) for j in range(counts[i % len(counts)])]
+        rows.append({"prompt": [{"role": "user", "content": content}], "images": images})
+    return Dataset.from_list(rows)
+
+
 def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, scale=0.3):
     tokenizer = tokenizer or make_tokenizer()
     config = Qwen3Config(
@@ -30,7 +127,7 @@ def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, sc
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        max_position_embeddings=128,
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
         initializer_range=scale,
         eos_token_id=tokenizer.eos_token_id,

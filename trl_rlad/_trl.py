@@ -8,6 +8,7 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
   `self.beta * per_token_kl`, which it adds to the loss of each token if `self.beta != 0.0`.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
+- The inputs beside the tokens that the student's forward pass is given for images, and `split_pixel_values_by_grid`.
 - `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
   `maybe_gather_lm_head_ctx`, `use_adapter`; `trl.models.prepare_fsdp`.
 """
@@ -22,6 +23,7 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
+    split_pixel_values_by_grid,
     use_adapter,
 )
 from trl.trainer.utils import maybe_gather_lm_head_ctx as gather_lm_head
@@ -37,6 +39,7 @@ __all__ = [
     "get_config_model_id",
     "logit_scale",
     "prepare_fsdp",
+    "split_images",
     "use_adapter",
 ]
 
@@ -55,17 +58,80 @@ def logit_scale(text_config: PretrainedConfig) -> float:
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
 
 
+# What TRL hands to a vision-language model beside the tokens
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def split_images(batch: dict) -> list[dict[str, torch.Tensor]]:
+    """
+    What each row of a batch hands to a vision-language model beside its tokens, on the CPU.
+
+    Rows whose tensors have the same shapes but for the first dimension are put together by concatenation. The token
+    types, of one dimension, are those of the row's own tokens, without padding. A row without images has nothing.
+    """
+    num_images = batch.get("num_images") or [0] * len(batch["prompt_ids"])
+    is_token = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool()
+    inputs = {name: value for name, value in split_pixel_values_by_grid(batch).items() if name in IMAGE_INPUTS}
+
+    def take(name, row):
+        if name.endswith("token_type_ids"):
+            return inputs[name][row][is_token[row]].cpu()
+        # A list has the images of each row; a tensor, all rows' images, padded to the same number
+        return inputs[name][row if isinstance(inputs[name], list) else slice(row, row + 1)].cpu()
+
+    return [{name: take(name, row) for name in inputs} if count else {} for row, count in enumerate(num_images)]
+
+
 class _Beta(float):
     """A `beta` whose product with the per-token KL is weighted, and has a penalty of our own added."""
 
     weight: torch.Tensor | float = 1.0
     penalty: torch.Tensor | float = 0.0
+    is_used = False
 
     def __ne__(self, other):  # TRL leaves the product out at 0
         return True
 
     def __mul__(self, per_token_kl):
+        self.is_used = True
         return float(self) * self.weight * per_token_kl + self.penalty
+
+
+def _patched(problem: str) -> RuntimeError:
+    return RuntimeError(
+        f"This would not be training with a teacher: {problem}. Likely causes are a library that patches TRL (such as "
+        "Unsloth), a mixin with a loss of its own, or a TRL newer than those tried. Train without it, or set `alpha=1.0` "
+        "without a `teacher_kl_coef` or `distillation_ratio`."
+    )
+
+
+class _LossBatch(dict):
+    """The loss's own copy of a batch, which knows what was put into it and not read since."""
+
+    def __init__(self, batch: dict):
+        super().__init__(batch)
+        self.unread = set()
+
+    def __setitem__(self, key, value):
+        self.unread.add(key)
+        super().__setitem__(key, value)
+
+    def __getitem__(self, key):
+        self.unread.discard(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.unread.discard(key)
+        return super().get(key, default)
 
 
 class GuidedGRPOTrainer(GRPOTrainer):
@@ -75,6 +141,10 @@ class GuidedGRPOTrainer(GRPOTrainer):
     change nothing, not even a bit.
     """
 
+    # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
+    is_guided = False
+
+    _has_guided = False  # whether the loss of this step has come by here
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
     _rewards_per_func = None  # those of the generation batch being made, of all processes
 
@@ -113,12 +183,21 @@ class GuidedGRPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         return self.extend_rollout(batch, self._rewards_per_func, inputs)
 
+    def training_step(self, *args, **kwargs):
+        self._has_guided = False
+        loss = super().training_step(*args, **kwargs)
+        if self.is_guided and not self._has_guided:
+            raise _patched("the loss never asked for the student's log-probabilities through `RLADTrainer`")
+        return loss
+
     def _compute_loss(self, model, inputs):
         # A copy: with several iterations or accumulation steps, TRL hands out the same buffered dict again
-        self._loss_batch = dict(inputs)
+        self._loss_batch = batch = _LossBatch(inputs)
         beta, use_bias_correction_kl = self.beta, self.args.use_bias_correction_kl
         try:
-            loss = super()._compute_loss(model, self._loss_batch)
+            loss = super()._compute_loss(model, batch)
+            if batch.unread or isinstance(self.beta, _Beta) and not self.beta.is_used:
+                raise _patched("the loss did not read what the teacher had put into it")
             if self.beta is not beta and beta == 0.0:  # TRL has logged a KL, of 0, to a reference that isn't there
                 self._metrics["train" if self.model.training else "eval"].pop("kl")
             return loss
@@ -131,7 +210,10 @@ class GuidedGRPOTrainer(GRPOTrainer):
         with nullcontext() if batch is None else self.watch_forward(model, batch):
             outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if batch is not None:
+            self._has_guided = True
             per_token_logps = outputs[0]
+            if self.model.training and torch.is_grad_enabled() and not per_token_logps.requires_grad:
+                raise _patched("the student's log-probabilities carry no gradient")
             old_per_token_logps = batch.get("old_per_token_logps")
             if old_per_token_logps is None:  # on-policy without vLLM, TRL saves the forward pass
                 old_per_token_logps = per_token_logps.detach()

@@ -42,15 +42,21 @@ def group_rows(
     return groups
 
 
-def deal(costs: Sequence[int], processes: int) -> list[list[int]]:
+def deal(costs: Sequence[int], loads: Sequence[int]) -> list[list[int]]:
     """
     Deal items out so that all processes have about the same to do: the dearest first, each to the one with least.
+
+    Args:
+        costs (`Sequence[int]`):
+            Cost of each item.
+        loads (`Sequence[int]`):
+            What each process has to do anyway.
 
     Returns:
         `list[list[int]]`: the indices of each process.
     """
-    hands: list[list[int]] = [[] for _ in range(processes)]
-    totals = [0] * processes
+    hands: list[list[int]] = [[] for _ in loads]
+    totals = list(loads)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         poorest = totals.index(min(totals))
         hands[poorest].append(item)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from itertools import accumulate, chain
 
 import torch
@@ -10,13 +11,30 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from ._trl import split_images
 from .packing import cut, cut_shared, deal, group_rows
 from .teachers import LocalTeacher, TokenScores
 from .watchdog import barrier_group, time_limit
 
 
 logger = get_logger(__name__)
-Row = tuple[torch.Tensor, torch.Tensor]  # token ids of a prompt and of its completion, unpadded, on the CPU
+
+
+@dataclass
+class Row:
+    """Token ids of a prompt and of its completion, unpadded, and what the images add, all on the CPU."""
+
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    images: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+    @property
+    def shapes(self) -> tuple:
+        """What rows must agree on to run in one micro-batch; empty without images."""
+        return tuple((name, value.shape[1:]) for name, value in self.images.items())
 
 
 class TeacherScorer(TrainerCallback):
@@ -40,6 +58,8 @@ class TeacherScorer(TrainerCallback):
             Number of the teacher's likeliest tokens to return beside each.
         shared_ids (`Collection[int]`, *optional*):
             Token ids that the teacher may name, see [`~trl_rlad.token_contract.find_shared_ids`].
+        image_problem (`str`, *optional*):
+            Why the teacher can't read the student's images, see [`~trl_rlad.token_contract.find_image_problem`].
 
     Attributes:
         seconds (`float`):
@@ -55,12 +75,13 @@ class TeacherScorer(TrainerCallback):
         timeout: float = 1800.0,
         top_k: int = 0,
         shared_ids: Collection[int] = (),
+        image_problem: str | None = None,
     ):
         self.teacher = teacher
         self.accelerator = accelerator
         self.tokens_per_batch = tokens_per_batch
         self.unknown_ids = torch.tensor(sorted(unknown_ids), dtype=torch.long)
-        self.timeout, self.top_k = timeout, top_k
+        self.timeout, self.top_k, self.image_problem = timeout, top_k, image_problem
         self.is_shared = torch.zeros(teacher.vocab_size, dtype=torch.bool)
         self.is_shared[torch.tensor(sorted(shared_ids), dtype=torch.long)] = True
         self.calls, self.seconds, self.has_trained = 0, 0.0, False
@@ -82,7 +103,7 @@ class TeacherScorer(TrainerCallback):
         Args:
             batch (`dict[str, torch.Tensor]`):
                 `prompt_ids` and `prompt_mask` of shape `(B, P)`, `completion_ids` and `completion_mask` of shape
-                `(B, T)`.
+                `(B, T)`, and what TRL adds to it for images.
             mask (`torch.Tensor` of shape `(B, T)`):
                 Tokens for which the teacher's log-probability is wanted. Rows without any are not scored at all.
 
@@ -94,7 +115,7 @@ class TeacherScorer(TrainerCallback):
                 the student doesn't share has the log-probability `-inf`.
 
         Raises:
-            `ValueError`: if a token id lies beyond the teacher's vocabulary.
+            `ValueError`: if a token id lies beyond the teacher's vocabulary, or it can't read the images.
             `FloatingPointError`: if the teacher returns a log-probability that isn't finite.
         """
         start = time.perf_counter()
@@ -104,8 +125,11 @@ class TeacherScorer(TrainerCallback):
         which = mask.any(dim=1).nonzero().flatten().tolist()
         prompt_ids, prompt_mask = batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu().bool()
         ids, ids_mask = completion_ids.cpu(), batch["completion_mask"].cpu().bool()
-        rows = [(prompt_ids[i][prompt_mask[i]], ids[i][ids_mask[i]]) for i in which]
+        images = split_images(batch)
+        rows = [Row(prompt_ids[i][prompt_mask[i]], ids[i][ids_mask[i]], images[i]) for i in which]
         self._check_ids(rows)
+        if self.image_problem and any(row.images for row in rows):
+            raise ValueError(self.image_problem)
 
         self.calls += 1
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
@@ -135,45 +159,73 @@ class TeacherScorer(TrainerCallback):
         if self.accelerator.num_processes == 1:
             return self._score(rows)
         rank = self.accelerator.process_index
-        everyones_rows = self._all_gather(rows)
+        # Rows with images stay here: their tensors are a thousand times the size of their tokens
+        at_home = [row for row in rows if row.images]
+        everyone = self._all_gather(([row for row in rows if not row.images], sum(map(len, at_home))))
+        everyones_rows, loads = zip(*everyone, strict=True)
         first = [0, *accumulate(map(len, everyones_rows))][rank]
         every_row = list(chain.from_iterable(everyones_rows))
         groups = self._group(every_row)
-        costs = [sum(count_tokens(every_row[i]) for i in group) for group in groups]
-        mine = [i for group in deal(costs, len(everyones_rows))[rank] for i in groups[group]]
-        scores = [TokenScores(*(part.cpu() for part in score)) for score in self._score([every_row[i] for i in mine])]
-        scores = dict(chain.from_iterable(self._all_gather(list(zip(mine, scores, strict=True)))))
-        return [scores[first + i] for i in range(len(rows))]
+        costs = [sum(len(every_row[i]) for i in group) for group in groups]
+        mine = [i for group in deal(costs, loads)[rank] for i in groups[group]]
+        scores = self._score([every_row[i] for i in mine] + at_home)
+        scores = [TokenScores(*(part.cpu() for part in score)) for score in scores]
+        dealt = dict(chain.from_iterable(self._all_gather(list(zip(mine, scores, strict=False)))))
+        texts, images = (dealt[i] for i in range(first, len(dealt))), iter(scores[len(mine) :])
+        return [next(images if row.images else texts) for row in rows]
 
     def _score(self, rows: list[Row]) -> list[TokenScores]:
         """Score rows here, in micro-batches."""
         groups = self._group(rows)
-        alone = [group[0] for group in groups if len(group) == 1]
-        batches = select(alone, cut([count_tokens(rows[i]) for i in alone], self.tokens_per_batch))
+        alone: dict[tuple, list[int]] = {}
+        for group in groups:
+            if len(group) == 1:
+                alone.setdefault(rows[group[0]].shapes, []).append(group[0])
+        image_batches, text_batches = [], []
+        for shapes, items in alone.items():
+            batches = image_batches if shapes else text_batches
+            batches += select(items, cut([len(rows[i]) for i in items], self.tokens_per_batch))
         for group in groups:
             if len(group) > 1:
-                completion_lengths = [len(rows[i][1]) for i in group]
-                cuts = cut_shared(len(rows[group[0]][0]), completion_lengths, self.tokens_per_batch)
-                batches += select(group, cuts)
-        # A sharded teacher runs on all processes at once, so each takes part as often as the busiest
-        count = torch.tensor([len(batches)], device=self.accelerator.device)
-        rounds = self.accelerator.gather(count).max().item()
+                completion_lengths = [len(rows[i].completion) for i in group]
+                cuts = cut_shared(len(rows[group[0]].prompt), completion_lengths, self.tokens_per_batch)
+                text_batches += select(group, cuts)
+        if self.teacher.is_sharded:
+            self._keep_pace(image_batches, text_batches)
         scores = {}
-        if rounds:
+        if image_batches or text_batches:
             with self.teacher.placed():
-                for batch in batches + [[]] * (rounds - len(batches)):
+                for batch in image_batches + text_batches:
                     scores |= zip(batch, self._score_batch([rows[i] for i in batch]), strict=True)
         return [scores[i] for i in range(len(rows))]
 
+    def _keep_pace(self, image_batches: list[list[int]], text_batches: list[list[int]]):
+        """
+        Add micro-batches until there are as many as on the busiest process, as a sharded teacher runs on all of them at
+        once: without rows, or where its vision tower is to run, of the first row again.
+        """
+        counts = torch.tensor([[len(image_batches), len(text_batches)]], device=self.accelerator.device)
+        counts = self.accelerator.gather(counts)
+        if len((counts[:, 0] > 0).unique()) > 1:
+            raise ValueError(
+                "A sharded teacher runs its vision tower on all processes at once, but in this batch some of them have no "
+                "completion with an image to score. Keep the teacher whole (`teacher_zero_stage=0`; under FSDP choose "
+                "another launcher), or train on data of which every row has an image."
+            )
+        rounds = counts.amax(0).tolist()
+        image_batches += [image_batches[0][:1] for _ in range(rounds[0] - len(image_batches))]
+        text_batches += [[] for _ in range(rounds[1] - len(text_batches))]
+
     def _score_batch(self, rows: list[Row]) -> list[TokenScores]:
         try:
-            prompts, completions = [prompt for prompt, _ in rows], [completion for _, completion in rows]
-            return self.teacher.score(prompts, completions, self.top_k)
+            parts = zip(*((row.prompt, row.completion, row.images) for row in rows), strict=True)
+            prompts, completions, images = map(list, parts) if rows else ([], [], [])
+            return self.teacher.score(prompts, completions, self.top_k, images)
         except torch.OutOfMemoryError:
             if len(rows) < 2 or self.teacher.is_sharded:  # the other processes are in the middle of it
                 raise
         half = len(rows) // 2
-        self.tokens_per_batch = min(self.tokens_per_batch, half * max(map(count_tokens, rows)))
+        self.tokens_per_batch = min(self.tokens_per_batch, half * max(map(len, rows)))
         logger.warning(
             f"The teacher ran out of memory. It goes on with {self.tokens_per_batch} tokens at once: set "
             f"`teacher_tokens_per_batch={self.tokens_per_batch}` to have it so from the start."
@@ -185,9 +237,10 @@ class TeacherScorer(TrainerCallback):
         if not self.teacher.shares_prompts:
             return [[i] for i in range(len(rows))]
         return group_rows(
-            [tuple(prompt.tolist()) for prompt, _ in rows],
-            [len(prompt) for prompt, _ in rows],
-            [len(completion) for _, completion in rows],
+            # Rows with images share nothing
+            [i if row.images else tuple(row.prompt.tolist()) for i, row in enumerate(rows)],
+            [len(row.prompt) for row in rows],
+            [len(row.completion) for row in rows],
         )
 
     def _all_gather(self, item):
@@ -196,17 +249,13 @@ class TeacherScorer(TrainerCallback):
         return everyone
 
     def _check_ids(self, rows):
-        highest = torch.cat([torch.cat(row) for row in rows]).max().item() if rows else 0
+        highest = torch.cat([ids for row in rows for ids in (row.prompt, row.completion)]).max().item() if rows else 0
         if highest >= self.teacher.vocab_size:
             raise ValueError(
                 f"A rollout has the token id {highest}, but the teacher's vocabulary has only {self.teacher.vocab_size} "
                 "rows. Choose a `teacher_model` that knows it. If it is the student that emits it, "
                 '`generation_kwargs={"suppress_tokens": [...]}` keeps it from doing so.'
             )
-
-
-def count_tokens(row: Row) -> int:
-    return len(row[0]) + len(row[1])
 
 
 def select(items: list, batches: list[list[int]]) -> list[list]:

@@ -1,8 +1,9 @@
-"""What student and teacher must agree on: the meaning of every token id the student can emit."""
+"""What student and teacher must agree on: the meaning of every token id the student can emit, and of images."""
 
 from collections.abc import Collection
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 def find_unknown_ids(
@@ -72,3 +73,40 @@ def find_shared_ids(
     """
     shared = set(student.get_vocab().values()) & set(teacher.get_vocab().values()) - set(unknown_ids)
     return sorted(shared - ({teacher.eos_token_id} - set(eos_token_ids)))
+
+
+def find_image_problem(student: ProcessorMixin, teacher: ProcessorMixin) -> str | None:
+    """
+    Why the teacher can't read the images that the student's processor has prepared, or `None` if it can.
+
+    The teacher is given the student's tensors, among the student's placeholder tokens. So its own processor must make the
+    same of an image: its size, patches and normalization, the number of placeholders and their token ids.
+
+    Args:
+        student ([`~transformers.ProcessorMixin`]):
+            Processor of the student.
+        teacher ([`~transformers.ProcessorMixin`]):
+            Processor of the teacher.
+    """
+    from PIL import Image  # which is there where there are processors of images
+
+    image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
+    expected, inputs = (
+        processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            chat_template=student.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        for processor in (student, teacher)
+    )
+    different = sorted(
+        name
+        for name in expected.keys() | inputs.keys()
+        if name not in expected or name not in inputs or not torch.equal(expected[name], inputs[name])
+    )
+    if different:
+        return f"its processor makes something else of an image than the student's ({', '.join(different)} differ)"
+    return None

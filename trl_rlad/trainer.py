@@ -121,6 +121,7 @@ class RLADTrainer(GuidedGRPOTrainer):
 
         if isinstance(self.train_dataset, Dataset) and "teacher_weight" in self.train_dataset.column_names:
             read_weights(self.train_dataset["teacher_weight"])  # refuses bad ones before training
+        self.is_guided = args.needs_teacher
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
         self.teacher_scorer = None
         if args.needs_teacher:
@@ -128,11 +129,6 @@ class RLADTrainer(GuidedGRPOTrainer):
             self.add_callback(self.teacher_scorer)
 
     def _create_teacher_scorer(self, teacher_model: str | PreTrainedModel) -> TeacherScorer:
-        if self.is_vision_language_model:
-            raise ValueError(
-                "The teacher scores text only, but `processing_class` is the processor of a vision-language model. For "
-                "text-only data pass its tokenizer as `processing_class`; otherwise set `alpha=1.0`."
-            )
         if self.loss_type == "vespo" and not self.args.teacher_credit:
             logger.warning(
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
@@ -152,6 +148,15 @@ class RLADTrainer(GuidedGRPOTrainer):
                 f"The teacher has no say on {len(unknown_ids)} of the student's tokens, which it doesn't know or doesn't "
                 f"end its turn with (such as {examples}): there the likelihood ratio is GRPO's."
             )
+        image_problem = teacher.find_image_problem(self.processing_class) if self.is_vision_language_model else None
+        if image_problem is not None:
+            image_problem = (
+                f"The teacher {teacher.name} can't read the images of this data: {image_problem}. Choose a `teacher_model` "
+                "of the student's family, or give the rows with images the `teacher_weight` 0, which trains them with GRPO."
+            )
+            columns = set(getattr(self.train_dataset, "column_names", None) or ())
+            if columns & {"image", "images"} and "teacher_weight" not in columns:
+                raise ValueError(image_problem)
         return TeacherScorer(
             teacher,
             self.accelerator,
@@ -160,6 +165,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             self.args.teacher_timeout,
             self.args.teacher_top_k if self.args.names_tokens else 0,
             find_shared_ids(self.tokenizer, teacher.tokenizer, unknown_ids, self.eos_token_ids),
+            image_problem,
         )
 
     def extend_rollout(self, batch, rewards_per_func, rows):

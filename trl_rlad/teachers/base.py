@@ -49,6 +49,9 @@ class BaseTeacher(WrappedTeacher):
     def lm_head(self):
         return LMHead(self.accelerator.unwrap_model(self.get_student()).get_base_model(), self.temperature)
 
+    def find_image_problem(self, student):
+        return None  # it has read them
+
     def deepspeed(self):
         return nullcontext()  # the student's
 

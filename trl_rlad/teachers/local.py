@@ -1,5 +1,6 @@
 """A transformers model in these processes as the teacher."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,7 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import find_adapter_config_file
@@ -18,6 +26,7 @@ from .._trl import add_fused_lm_head, create_model_from_path, get_config_model_i
 from ..config import RLADConfig
 from ..lm_head import LMHead
 from ..packing import sharing_pays
+from ..token_contract import find_image_problem
 
 
 logger = get_logger(__name__)
@@ -138,9 +147,12 @@ class LocalTeacher:
                 f"`teacher_model` must be a causal language model, but {self.name!r} is a `{type(model).__name__}`."
             )
         self.check_quantized(getattr(model, "is_quantized", False))
-        self.tokenizer = self.load_tokenizer(path, get_config_model_id(model.config))
+        self.paths = [(path, self.init_kwargs["revision"]), (get_config_model_id(model.config), None)]
+        self.tokenizer = self.load_processing_class(AutoTokenizer)
         self.vocab_size = model.config.get_text_config().vocab_size
+        self.reads_images = "pixel_values" in inspect.signature(model.forward).parameters
         self.set_up(model)
+        self.shares_prompts = self.shares_prompts and self.can_share_prompts()
 
     def check_quantized(self, is_quantized: bool):
         if is_quantized and (self.is_sharded or self.args.teacher_offload != "none"):
@@ -163,27 +175,67 @@ class LocalTeacher:
             with self.deepspeed():
                 if find_adapter_config_file(self.source, revision=self.init_kwargs["revision"]) is None:
                     return create_model_from_path(self.source, **self.init_kwargs)
-                from peft import AutoPeftModelForCausalLM
+                from peft import PeftConfig, PeftModel
 
-                return AutoPeftModelForCausalLM.from_pretrained(self.source, **self.init_kwargs).merge_and_unload()
+                revision = self.init_kwargs["revision"]
+                adapter = PeftConfig.from_pretrained(self.source, revision=revision)
+                base = adapter.base_model_name_or_path
+                model = create_model_from_path(base, **self.init_kwargs | {"revision": adapter.revision})
+                return PeftModel.from_pretrained(model, self.source, revision=revision).merge_and_unload()
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`teacher_model={self.source!r}` can't be loaded with `teacher_model_init_kwargs="
                 f"{self.args.teacher_model_init_kwargs}`. {error}"
             ) from error
 
-    def load_tokenizer(self, path: str, base: str) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, or if it is an adapter without one, that of its base."""
+    def load_processing_class(
+        self, auto_class: type[AutoTokenizer | AutoProcessor]
+    ) -> PreTrainedTokenizerBase | ProcessorMixin:
+        """The teacher's tokenizer or processor, or if it is an adapter without one, that of its base."""
         trust_remote_code = self.init_kwargs["trust_remote_code"]
-        for name, revision in ((path, self.init_kwargs["revision"]), (base, None)):
+        for name, revision in self.paths:
             try:
-                return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-            except (OSError, ValueError) as error:
+                return auto_class.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            except (ImportError, OSError, ValueError) as error:
                 cause = error
         raise ValueError(
-            f"No tokenizer found for `teacher_model` at {path!r}, so it can't be checked that it gives the student's "
-            "token ids the student's meaning. Save the teacher's tokenizer beside its weights."
+            f"No tokenizer found for `teacher_model` at {self.paths[0][0]!r}, so it can't be checked that it gives the "
+            f"student's token ids the student's meaning. Save the teacher's tokenizer beside its weights. {cause}"
         ) from cause
+
+    def find_image_problem(self, student: ProcessorMixin) -> str | None:
+        """Why the teacher can't read the images that the student's processor prepares, or `None` if it can."""
+        if not self.reads_images:
+            return "it is a text-only model"
+        try:
+            return find_image_problem(student, self.load_processing_class(AutoProcessor))
+        except Exception as error:  # each processor has its own, and for text alone none is needed
+            return f"its processor fails ({error})"
+
+    @torch.no_grad()
+    def can_share_prompts(self) -> bool:
+        """
+        Whether completions come out on one copy of their prompt's cache as they do each on its own prompt.
+
+        It is tried, on made-up tokens, and not read off a list of families: some have caches that can't be copied (those
+        with linear attention or convolutions, in transformers 5.23), some keep their state in no cache at all (RWKV).
+        """
+        tokens = torch.arange(1, 33) * 7919 % self.vocab_size
+        rows = [tokens[:24]] * 2, [tokens[24:], tokens[24:29]]
+        with self.deepspeed(), self.placed():
+            expected = self._run_rows(*rows)
+            try:
+                states = self._run_on_cache(*rows)
+            except Exception as error:  # each family has its own
+                logger.warning(
+                    f"The cache of {self.name} can't be shared, so each completion runs its prompt: {error}"
+                )
+                return False
+        # Rounding leaves 1e-6 in float32 and some hundredths in bfloat16; a lost prompt, about 1
+        is_same = (states - expected).norm() <= 2 * torch.finfo(states.dtype).eps ** 0.5 * expected.norm()
+        if not is_same:
+            logger.warning(f"On a shared prompt {self.name} scores otherwise, so each completion runs its prompt.")
+        return bool(is_same)
 
     def prepare(self, model: PreTrainedModel) -> torch.nn.Module:
         """Give the model its place."""
@@ -219,7 +271,13 @@ class LocalTeacher:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def score(self, prompts: list[torch.Tensor], completions: list[torch.Tensor], top_k: int = 0) -> list[TokenScores]:
+    def score(
+        self,
+        prompts: list[torch.Tensor],
+        completions: list[torch.Tensor],
+        top_k: int = 0,
+        images: list[dict[str, torch.Tensor]] | None = None,
+    ) -> list[TokenScores]:
         """
         Log-probabilities of the completions' tokens, and of the likeliest tokens in their place, in one micro-batch.
 
@@ -230,6 +288,9 @@ class LocalTeacher:
                 Token ids of each completion, unpadded, `int64`, on the CPU.
             top_k (`int`, *optional*, defaults to `0`):
                 Number of the likeliest tokens to name.
+            images (`list[dict[str, torch.Tensor]]`, *optional*):
+                What the model is given beside the tokens of each row, see [`~trl_rlad._trl.split_images`]. Either all
+                rows have images or none.
 
         Returns:
             `list[TokenScores]`: one for each completion.
@@ -237,40 +298,42 @@ class LocalTeacher:
         if not completions:
             return []
         lengths = [len(completion) for completion in completions]
+        image_inputs = stack_images(images or [])
+        shares = self.shares_prompts and not image_inputs and all_equal(prompts)
         with self.deepspeed(), self.accelerator.autocast():
-            if self.shares_prompts and all_equal(prompts) and sharing_pays(len(prompts[0]), lengths):
-                try:
-                    hidden_states, starts = self._run_on_cache(prompts[0], completions), [0] * len(prompts)
-                except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-                    logger.warning(
-                        f"The cache of {self.name} can't be shared, so each completion runs its prompt: {error}"
-                    )
-                    self.shares_prompts = False
-                    return self.score(prompts, completions, top_k)
+            if shares and sharing_pays(len(prompts[0]), lengths):
+                states = self._run_on_cache(prompts, completions)
             else:
-                hidden_states = self._run(pad_rows(prompts, completions), use_cache=False)
-                starts = [len(prompt) - 1 for prompt in prompts]
-            # The state at position t tells of token t + 1
-            spans = [row[start : start + n] for row, start, n in zip(hidden_states, starts, lengths, strict=True)]
-            states, labels = torch.cat(spans), torch.cat(completions).to(self.accelerator.device)
+                states = self._run_rows(prompts, completions, **image_inputs)
+            labels = torch.cat(completions).to(self.accelerator.device)
             if top_k:
                 return split_scores(lengths, *self.lm_head.top_k(states, labels, top_k))
             logps = self.head(states, labels).float()  # TRL's, which is fast but for one token only
             return split_scores(lengths, logps, labels.new_empty(len(labels), 0), logps.new_empty(len(labels), 0))
 
-    def _run(self, input_ids, **kwargs):
-        input_ids = input_ids.to(self.accelerator.device)
-        return self.model.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+    def _run(self, **inputs):
+        inputs = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return self.model.base_model(**inputs).last_hidden_state
 
-    def _run_on_cache(self, prompt, completions):
-        # The prompt runs once, and its last state tells of the first token of every completion
-        cache = DynamicCache(config=self.model.config)
-        last = self._run(prompt[None], past_key_values=cache, use_cache=True)[:, -1:].expand(len(completions), -1, -1)
+    def _run_rows(self, prompts, completions, **image_inputs):
+        """The states `(N, H)` that tell of the completions' tokens: that of token t is at position t - 1."""
+        states = self._run(input_ids=pad_rows(prompts, completions), use_cache=False, **image_inputs)
+        spans = [slice(len(p) - 1, len(p) - 1 + len(c)) for p, c in zip(prompts, completions, strict=True)]
+        return torch.cat([row[span] for row, span in zip(states, spans, strict=True)])
+
+    def _run_on_cache(self, prompts, completions):
+        """As [`_run_rows`] for a prompt that runs once: its last state tells of the first token of every completion."""
+        cache, length = DynamicCache(config=self.model.config), len(prompts[0])
+        states = self._run(input_ids=prompts[0][None], past_key_values=cache, use_cache=True)[:, -1:]
+        states = states.expand(len(completions), -1, -1)
         input_ids = pad_sequence([completion[:-1] for completion in completions], batch_first=True)
-        if input_ids.size(1) == 0:
-            return last
-        cache.batch_repeat_interleave(len(completions))
-        return torch.cat([last, self._run(input_ids, past_key_values=cache, use_cache=True)], dim=1)
+        if input_ids.size(1) > 0:
+            cache.batch_repeat_interleave(len(completions))
+            # Told the positions, as some vision-language models would take them to go on from the last image they saw
+            positions = torch.arange(length, length + input_ids.size(1))[None]
+            inputs = {"input_ids": input_ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+            states = torch.cat([states, self._run(**inputs)], dim=1)
+        return torch.cat([row[: len(completion)] for row, completion in zip(states, completions, strict=True)])
 
 
 class WrappedTeacher(LocalTeacher):
@@ -279,7 +342,7 @@ class WrappedTeacher(LocalTeacher):
     shares_prompts = False
 
     @torch.no_grad()
-    def score(self, prompts, completions, top_k=0):
+    def score(self, prompts, completions, top_k=0, images=None):
         if not completions and not self.is_sharded:
             return []
         # The other processes can't run a sharded model without this one: with no rows, it runs two tokens of no use
@@ -299,12 +362,22 @@ class WrappedTeacher(LocalTeacher):
             )
         else:
             labels[after] = input_ids[after]
+        inputs = {name: value.to(self.accelerator.device) for name, value in stack_images(images or []).items()}
         with self.deepspeed(), self.accelerator.autocast(), listening:
-            log_probs = self.model(input_ids=input_ids, labels=labels, fused_lm_head=True).log_probs
+            log_probs = self.model(input_ids=input_ids, labels=labels, **inputs, fused_lm_head=True).log_probs
         if not top_k:
             logps = log_probs[before[:, :-1]].float()
             scores = [logps, input_ids.new_empty(len(logps), 0), logps.new_empty(len(logps), 0)]
         return split_scores(lengths, *scores)
+
+
+def stack_images(images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The images of several rows; their token types, of one dimension, are padded as the tokens are."""
+    stacked = {}
+    for name, value in (images[0] if images else {}).items():
+        values = [row[name] for row in images]
+        stacked[name] = pad_sequence(values, batch_first=True) if value.dim() == 1 else torch.cat(values)
+    return stacked
 
 
 def all_equal(sequences: list[torch.Tensor]) -> bool:
