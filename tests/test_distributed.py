@@ -19,7 +19,7 @@ CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
 pytestmark = pytest.mark.slow
 
 
-def launch(output_dir, config, check=True, **options):
+def launch(output_dir, config, check=True, worker="distributed_worker.py", **options):
     """Run the worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
     output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m"]
@@ -33,7 +33,7 @@ def launch(output_dir, config, check=True, **options):
         Path(output_dir, "config.yaml").write_text(yaml.dump(settings))
         command += ["accelerate.commands.launch", "--config_file", str(output_dir / "config.yaml")]
         command += ["--main_process_port", "0"]
-    command += [str(TESTS / "distributed_worker.py"), json.dumps({"output_dir": str(output_dir), **options})]
+    command += [str(TESTS / worker), json.dumps({"output_dir": str(output_dir), **options})]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     if not check:
@@ -184,3 +184,11 @@ def test_distil_then_reinforce_in_two_processes(config, tmp_path, paths):
     kwargs = {"teacher_kl_estimator": "forward", "alpha": 1.0, "distillation_ratio": 0.5, "max_steps": 4}
     results = launch(tmp_path, config, **paths, **kwargs)
     assert len(results[0]["losses"]) == 4
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_every_family_scores_the_same_on_two_processes(config, tmp_path):
+    # Whole and dealt out, and sharded; rows with images stay where they are
+    results = launch(tmp_path, config, worker="families_worker.py")
+    for differences in results:
+        assert len(differences) > 40 and max(differences.values()) < 1e-4, differences

@@ -1,0 +1,56 @@
+"""Every family of models by every road of scoring, against plain forward passes over single, unpadded sequences."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import families
+
+
+# Those whose cache can't be copied, with the transformers of `constraints.txt`, or doesn't hold all of their state
+WITHOUT_SHARED_PROMPTS = {
+    "Qwen3-Next",
+    "Qwen3.5",
+    "Qwen3.5 (images)",
+    "Granite 4 hybrid",
+    "Falcon-H1",
+    "Nemotron-H",
+    "LFM2",
+    "MiniMax",
+    "Mamba 2",
+    "RWKV",
+}
+WITH_IMAGES = [name for name, (_, _, kwargs) in families.FAMILIES.items() if "vision_config" in kwargs]
+
+
+@pytest.mark.parametrize("attn_implementation", [None, "eager"])
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_road_gives_the_scores_of_plain_forward_passes(name, attn_implementation):
+    if attn_implementation is not None and name in ("Mamba 2", "RWKV"):
+        pytest.skip("has no attention")
+    roads = families.measure(name, attn_implementation)
+    assert roads.keys() >= {"packed", "as a whole", "offloaded"}
+    assert ("shared prompts" in roads) == (name not in WITHOUT_SHARED_PROMPTS)
+    assert ("images" in roads) == ("images, as a whole" in roads) == (name in WITH_IMAGES)
+    assert max(roads.values()) < families.TOLERANCE, roads
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_the_images_make_a_difference(name):
+    model, row = families.make_model(name), families.make_image_rows(name)[0]
+    before = families.plain_scores(model, row)
+    row["images"]["pixel_values"] = row["images"]["pixel_values"].flip(-1)
+    assert (families.plain_scores(model, row) - before).abs().max() > 10 * families.TOLERANCE
+
+
+def test_the_table_in_the_docs_has_every_family():
+    lines = families.DOCS.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    header, _, *rows = rows
+    assert [row[0] for row in rows] == list(families.FAMILIES)
+    shared = header.index("shared prompts")
+    assert {row[0] for row in rows if not row[shared]} == WITHOUT_SHARED_PROMPTS
+    assert all(float(cell) < families.TOLERANCE for row in rows for cell in row[1:] if cell)
