@@ -28,7 +28,7 @@ from datasets import Dataset
 from evaluate import evaluate
 from rlad_grpo import MINI
 from sampling import encode_prompts, grade, sample, store_teacher_weight
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 
@@ -163,7 +163,8 @@ def make_trainer(student: str | PreTrainedModel, dataset: Dataset, args: SFTConf
     Returns:
         [`~trl.SFTTrainer`]
     """
-    tokenizer = AutoTokenizer.from_pretrained(student if isinstance(student, str) else student.name_or_path)
+    path = student if isinstance(student, str) else student.name_or_path
+    tokenizer, processing_class = AutoTokenizer.from_pretrained(path), AutoProcessor.from_pretrained(path)
     eos_token_id = tokenizer.convert_tokens_to_ids(args.eos_token or tokenizer.eos_token)
 
     def tokenize(rows):
@@ -178,7 +179,7 @@ def make_trainer(student: str | PreTrainedModel, dataset: Dataset, args: SFTConf
         }
 
     dataset = dataset.map(tokenize, batched=True)
-    return SFTTrainer(model=student, args=args, train_dataset=dataset, processing_class=tokenizer, **kwargs)
+    return SFTTrainer(model=student, args=args, train_dataset=dataset, processing_class=processing_class, **kwargs)
 
 
 def main():

@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str] | list[list[dict]]) -> list[list[int]]:
@@ -71,7 +77,10 @@ def sample(
         raise ValueError(f"`backend` must be 'transformers' or 'vllm', but is {backend!r}.")
 
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto")
+        except ValueError:  # it knows text alone
+            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
     model.eval()
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_examples import chat_model  # noqa: F401
+from test_examples import chat_model, vision_model  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.evaluation import pass_at_k
@@ -162,11 +162,14 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert rows[3].split()[2] == f"{expected['overall']['mean@3']:.1%}"
 
 
-def test_a_task_of_reasoning_gym(chat_model, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("model", ["chat_model", "vision_model"])
+def test_a_task_of_reasoning_gym(model, request, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
     output = tmp_path / "scores.json"
     arguments = f"--task chain_sum --eval_size 2 --num_samples 2 --max_completion_length 4 --output {output}".split()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model_name_or_path", chat_model, *arguments])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "--model_name_or_path", request.getfixturevalue(model), *arguments]
+    )
     script.main()
     nothing = {"puzzles": 2, "samples": 4, "mean@2": 0.0, "pass@1": 0.0, "pass@2": 0.0}
     assert json.loads(output.read_text())["scores"] == {"overall": nothing}

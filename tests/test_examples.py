@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,14 +38,14 @@ def scores(stdout):
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """A random model that reads and writes any text, byte by byte, in a chat format."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = tiny.make_chat_tokenizer(CHAT_TEMPLATE)
     return tiny.save_model(tmp_path_factory.mktemp("chat"), 0, tokenizer=tokenizer, vocab_size=len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    """A random Qwen3.5 that reads images too, with its processor."""
+    return tiny.save_vision_model(tmp_path_factory.mktemp("vision"), 0)
 
 
 def test_the_miniature_learns(tmp_path):
@@ -70,11 +69,13 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_any_model_and_task(chat_model, tmp_path):
+@pytest.mark.parametrize("model", ["chat_model", "vision_model"])
+def test_any_model_and_task(model, request, tmp_path):
+    model = request.getfixturevalue(model)
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"task: knights_knaves\ntask_kwargs: {{n_people: [2, 3]}}\nmodel_name_or_path: {chat_model}\n"
-        f"teacher_model_name_or_path: {chat_model}\noutput_dir: {tmp_path / 'out'}\ntrain_size: 16\neval_size: 4\n"
+        f"task: knights_knaves\ntask_kwargs: {{n_people: [2, 3]}}\nmodel_name_or_path: {model}\n"
+        f"teacher_model_name_or_path: {model}\noutput_dir: {tmp_path / 'out'}\ntrain_size: 16\neval_size: 4\n"
         "per_device_train_batch_size: 8\nper_device_eval_batch_size: 8\nnum_generations_eval: 1\n"
         "max_completion_length: 16\nmax_steps: 2\nbf16: false\nuse_cpu: true\nreport_to: none\nlogging_steps: 1\n"
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset
-from test_examples import chat_model  # noqa: F401
-from transformers import AutoTokenizer
+from test_examples import chat_model, vision_model  # noqa: F401
+from transformers import AutoProcessor, AutoTokenizer
 from trl import SFTConfig
 
 
@@ -87,6 +87,15 @@ def test_chat_prompts(chat_model, tmp_path):  # noqa: F811
     assert tokenizer.decode(learned) == "<think>1</think>2<|im_end|>"
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>1</think>2<|im_end|>"
     assert tokenizer.decode(row["input_ids"]) == expected
+
+
+def test_a_vision_language_model_keeps_its_processor(vision_model, tmp_path):  # noqa: F811
+    pool = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}], "completion": "2"}])
+    trainer = make_trainer(vision_model, pool, make_config(tmp_path, max_steps=1))
+    trainer.train()
+    trainer.save_model()
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is type(AutoProcessor.from_pretrained(vision_model))
+    assert len(sample(str(tmp_path), list(pool["prompt"]), max_new_tokens=2)) == 1
 
 
 def test_a_new_student_learns_the_answers_and_to_stop(puzzles, tmp_path):
