@@ -2,11 +2,31 @@ import pytest
 import tiny
 import torch
 from trl import GRPOTrainer
+from trl.trainer import utils
 
 from trl_rlad import RLADTrainer
 
 
 torch.set_num_threads(1)  # tiny models run no faster on more
+
+
+class PlainLogProbs:
+    """TRL's kernel in plain PyTorch."""
+
+    @staticmethod
+    def apply(states, weight, bias, labels, temperature, chunk_size, cap, scale, outputs):
+        logits = torch.nn.functional.linear(states, weight, bias) * scale
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        logps = (logits / temperature).log_softmax(-1)
+        per_token = {"log_probs": logps.gather(-1, labels[:, None])[:, 0]}
+        per_token["entropy"] = -(logps.exp() * logps).sum(-1)
+        per_token["is_top1"] = logps.argmax(-1) == labels
+        names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        return tuple(per_token.get(name) if name in outputs else None for name in names)
+
+
+if utils._ChunkedLogProbFunction is None:  # TRL 1.15 has it for GPUs only
+    utils._ChunkedLogProbFunction = PlainLogProbs
 
 
 @pytest.fixture(scope="session")
