@@ -19,8 +19,8 @@ CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
 pytestmark = pytest.mark.slow
 
 
-def launch(output_dir, config, check=True, **options):
-    """Run the worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
+def launch(output_dir, config, check=True, worker="distributed_worker.py", **options):
+    """Run a worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
     output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m"]
     if config == "ddp":
@@ -33,7 +33,7 @@ def launch(output_dir, config, check=True, **options):
         Path(output_dir, "config.yaml").write_text(yaml.dump(settings))
         command += ["accelerate.commands.launch", "--config_file", str(output_dir / "config.yaml")]
         command += ["--main_process_port", "0"]
-    command += [str(TESTS / "distributed_worker.py"), json.dumps({"output_dir": str(output_dir), **options})]
+    command += [str(TESTS / worker), json.dumps({"output_dir": str(output_dir), **options})]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     if not check:

@@ -2,19 +2,27 @@
 The only module that touches what TRL keeps private. `tests/test_trl_contract.py` pins every name used here.
 
 - `GRPOTrainer._generate_and_score_completions`: its dict is shuffled, split and buffered; what is added goes along.
+- `GRPOTrainer._generate`, whose first outputs are token ids of prompts and completions and the masks of tools.
 - `GRPOTrainer._calculate_rewards`, which returns the rewards of all processes, a column for each reward function.
 - `GRPOTrainer._compute_loss`, and in it the one call of `_get_per_token_logps_and_entropies` (a 3-tuple since 1.7) that
   comes before `inputs.get("old_per_token_logps")` and `inputs.get("sampling_per_token_logps", old)` are read, and
   `self.beta * per_token_kl`, which it adds to the loss of each token if `self.beta != 0.0`.
+- `GRPOTrainer._prepare_inputs`, which shuffles a generation batch and cuts it into the micro-batches of
+  `_buffered_inputs`, of which it returns number `_step % steps_per_generation`; and the calls of
+  `_get_per_token_logps_and_entropies` with a `batch_size`, for the log-probabilities of the old policy and the reference.
+- `GRPOTrainer._entropy_bonus_enabled`, `aux_loss_enabled`, `top_entropy_quantile` and `pad_to_multiple_of`.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
 - `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
-  `maybe_gather_lm_head_ctx`, `use_adapter`; `trl.models.prepare_fsdp`.
+  `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
+  `trl.models.prepare_fsdp`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from math import gcd
 
 import torch
+from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
@@ -22,10 +30,15 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
+    is_async_callable,
+    split_pixel_values_by_grid,
+    unsplit_pixel_values_by_grid,
     use_adapter,
 )
 from trl.trainer.utils import maybe_gather_lm_head_ctx as gather_lm_head
 
+from .packing import micro_batches
+from .padding import merge, select, trim
 from .trrd import sequence_log_ratio
 
 
@@ -72,10 +85,14 @@ class GuidedGRPOTrainer(GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with four places to hold on to: what a rollout batch is given along, what is seen of the forward
     pass, which log-probabilities the policy is compared with, and what is added to the loss of each token. Left alone, they
-    change nothing, not even a bit.
+    change nothing, not even a bit. With `trims_padding` the student's passes run on micro-batches of similar lengths without
+    the padding of the others.
     """
 
+    trims_padding = False
+
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
+    _rollouts = None  # of this process: token ids of prompts and completions, and masks if there are tools
     _rewards_per_func = None  # those of the generation batch being made, of all processes
 
     def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
@@ -105,13 +122,57 @@ class GuidedGRPOTrainer(GRPOTrainer):
         """Return what is added to the loss of each token, as the reference KL is, or `None` for nothing."""
         return None
 
+    def during_rewards(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]] | None
+    ) -> AbstractContextManager:
+        """
+        Return a context in which asynchronous reward functions run, given this process's rollouts. A process that waits
+        for another one in there may wait forever.
+        """
+        return nullcontext()
+
+    def _generate(self, prompts):
+        outputs = super()._generate(prompts)
+        self._rollouts = outputs[:3]
+        return outputs
+
     def _calculate_rewards(self, *args, **kwargs):
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        with self.during_rewards(*self._rollouts) if any(map(is_async_callable, self.reward_funcs)) else nullcontext():
+            self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         return self.extend_rollout(batch, self._rewards_per_func, inputs)
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.trims_padding and self._buffered_inputs is not before:
+            steps = self.args.steps_per_generation
+            batch = merge([split_pixel_values_by_grid(micro_batch) for micro_batch in self._buffered_inputs])
+            rows = len(batch["advantages"]) // steps
+            window = rows * gcd(steps, self.args.gradient_accumulation_steps) if self._order_is_free else rows
+            self._buffered_inputs = self._cut(batch, rows, window)
+            inputs = self._buffered_inputs[self._step % steps]
+        return inputs
+
+    @property
+    def _order_is_free(self):
+        # Within an optimizer step, unless the loss has something that depends on which rows share a micro-batch: a mean
+        # over its tokens (BNPO, the entropy bonus), a quantile of its entropies, or its load of the experts
+        return not (
+            self.loss_type == "bnpo"
+            or self._entropy_bonus_enabled
+            or self.top_entropy_quantile < 1.0
+            or self.aux_loss_enabled
+        )
+
+    def _cut(self, batch, rows, window):
+        """Micro-batches of `rows` of similar lengths, each without the padding of the others."""
+        lengths = (batch[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion"))
+        cuts = micro_batches(*lengths, rows, window)
+        return [trim(unsplit_pixel_values_by_grid(select(batch, cut)), self.pad_to_multiple_of or 1) for cut in cuts]
 
     def _compute_loss(self, model, inputs):
         # A copy: with several iterations or accumulation steps, TRL hands out the same buffered dict again
@@ -126,7 +187,26 @@ class GuidedGRPOTrainer(GRPOTrainer):
             self._loss_batch = None
             self.beta, self.args.use_bias_correction_kl = beta, use_bias_correction_kl
 
+    def _score_trimmed(self, model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs):
+        """The log-probabilities of a generation batch, from as many forward passes as TRL's."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        batch |= {
+            "prompt_mask": attention_mask[:, :-logits_to_keep],
+            "completion_mask": attention_mask[:, -logits_to_keep:],
+        }
+        batch["row"] = torch.arange(len(input_ids), device=input_ids.device)
+        logps, rows = [], []
+        for part in self._cut(split_pixel_values_by_grid(batch), batch_size, window=len(input_ids)):
+            rows.append(part.pop("row"))
+            part.pop("prompt_mask")
+            width = part.pop("completion_mask").size(1)
+            outputs = super()._get_per_token_logps_and_entropies(model, logits_to_keep=width, **part)
+            logps.append(pad(outputs[0], (0, logits_to_keep - width)))
+        return torch.cat(logps)[torch.cat(rows).argsort()], None, None
+
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self.trims_padding and kwargs.get("batch_size") is not None:
+            return self._score_trimmed(model, *args, **kwargs)
         batch, self._loss_batch = self._loss_batch, None
         with nullcontext() if batch is None else self.watch_forward(model, batch):
             outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)

@@ -1,0 +1,56 @@
+"""
+Time a step whose reward function waits as long as the teacher scores, and see what the wait adds.
+
+    python benchmarks/overlap.py
+
+The reward sleeps, as one does that asks a judge or a sandbox elsewhere: once as a plain function, once as a coroutine. Rows
+and models are those of `step_overhead.py`, with a teacher of four times the student's size.
+"""
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+import step_overhead as steps
+import torch
+from teacher_scoring import time_ways
+
+
+def main():
+    rollouts = steps.make_rollouts("exponential")
+    with tempfile.TemporaryDirectory() as folder:
+        student, teacher = (steps.save(Path(folder, size), *steps.SIZES[size]) for size in ("1x", "4x"))
+        wait = [0.0]
+
+        def waiting(completion_ids, **kwargs):
+            time.sleep(wait[0])
+            return steps.reward(completion_ids)
+
+        async def async_waiting(completion_ids, **kwargs):
+            await asyncio.sleep(wait[0])
+            return steps.reward(completion_ids)
+
+        def make(reward, path=teacher):
+            return steps.make_step(student, path, True, 8, rollouts, folder, reward)
+
+        device = torch.device("cpu")
+        alone = time_ways({"alpha 1": make(steps.reward, None), "with its teacher": make(steps.reward)}, 7, device)
+        wait[0] = alone["with its teacher"] - alone["alpha 1"]
+        ways = {
+            "a reward at once": steps.reward,
+            "a function that waits": waiting,
+            "a coroutine that waits": async_waiting,
+        }
+        seconds = time_ways({name: make(reward) for name, reward in ways.items()}, 7, device)
+    print(f"The teacher takes {wait[0]:.2f} s, and so does the reward where it waits\n")
+    print("| step with | s | the wait adds |\n|---|---|---|")
+    for name, value in seconds.items():
+        added = value - seconds["a reward at once"]
+        print(
+            f"| {name} | {value:.2f} | {added / wait[0]:.0%} of itself, {added / seconds['a reward at once']:.0%} of a step |"
+        )
+
+
+if __name__ == "__main__":
+    main()
