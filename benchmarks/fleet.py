@@ -13,6 +13,7 @@ that really run here, after the cost of a token, a pair and a pass has been meas
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -184,9 +185,9 @@ def fit_cost(run, shapes) -> Cost:
     seconds = {shape: [] for shape in shapes}
     for _ in range(7):
         for shape, values in seconds.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run(*shape)
-            values.append(time.perf_counter() - start)
+            values.append(time.process_time() - start)
     figures = torch.tensor([[1.0, *dense(*shape)] for shape in shapes], dtype=torch.float64)
     medians = torch.tensor([statistics.median(values) for values in seconds.values()], dtype=torch.float64)
     # Relative errors are to be small, so each equation is divided by its right side
@@ -195,7 +196,10 @@ def fit_cost(run, shapes) -> Cost:
 
 
 def check():
-    """Steps of TRL's GRPO and of ours with a teacher of four times the size, run and worked out."""
+    """
+    Steps of TRL's GRPO and of ours with a teacher of four times the size, run and worked out: the seconds for which the
+    busiest rank has its core.
+    """
     import step_overhead as steps
     from transformers import Qwen3ForCausalLM
     from trl.trainer.utils import add_fused_lm_head
@@ -203,12 +207,13 @@ def check():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         student, teacher = (steps.save(Path(folder, size), *steps.SIZES[size]) for size in ("1x", "4x"))
-        prompts, completions = steps.make_rollouts("exponential")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        rollouts = [steps.make_rollouts("exponential", seed=rank) for rank in range(ranks)]
+        mine = rollouts[int(os.environ.get("RANK", 0))]
         ways = {
-            "TRL": steps.make_step(student, None, False, 8, (prompts, completions), folder),
-            "ours": steps.make_step(student, teacher, True, 8, (prompts, completions), folder),
+            "TRL": steps.make_step(student, None, False, 8, mine, folder),
+            "ours": steps.make_step(student, teacher, True, 8, mine, folder),
         }
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
         trained = Qwen3ForCausalLM.from_pretrained(student)
         add_fused_lm_head(trained, outputs=("log_probs", "entropy"))
         scored = Qwen3ForCausalLM.from_pretrained(teacher).eval()
@@ -229,22 +234,25 @@ def check():
         measured = {way: [] for way in ways}
         for repeat in range(8):
             for way, step in ways.items():
-                if ranks > 1:
-                    dist.barrier()
-                start = time.perf_counter()
+                start = time.process_time()
                 step()
-                if ranks > 1:
-                    dist.barrier()
-                if repeat:
-                    measured[way].append(time.perf_counter() - start)
+                if repeat:  # the first one warms up
+                    measured[way].append(time.process_time() - start)
         costs = fit_cost(train, shapes), fit_cost(score, shapes)
+        lengths = [(len(p), len(c)) for each in rollouts for p, c in zip(*each, strict=True)]
         fleet = Fleet("here", ranks, None, None, 0, 0, micro_batch=8, budget=1024)
-        lengths = [(len(prompt), len(ids)) for prompt, ids in zip(prompts, completions, strict=True)]
         figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
-    if not ranks > 1 or dist.get_rank() == 0:
+    pairs = {
+        way: (statistics.median(values), figures[way]["step" if way == "ours" else "student"])
+        for way, values in measured.items()
+    }
+    everyone = [pairs] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everyone, pairs)
+    if int(os.environ.get("RANK", 0)) == 0:
         print(f"| {ranks} process(es) | measured, s | worked out, s | off by |\n|---|---|---|---|")
-        for way, values in measured.items():
-            seconds, expected = statistics.median(values), figures[way]["step" if way == "ours" else "student"]
+        for way in ways:
+            seconds, expected = (max(column) for column in zip(*(each[way] for each in everyone), strict=True))
             print(f"| {way} | {seconds:.2f} | {expected:.2f} | {expected / seconds - 1:+.0%} |")
 
 

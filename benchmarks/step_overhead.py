@@ -67,9 +67,9 @@ def save(path: Path, hidden_size: int, layers: int) -> str:
     return str(path)
 
 
-def make_rollouts(lengths: str) -> tuple[list[list[int]], list[list[int]]]:
+def make_rollouts(lengths: str, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts, eight rollouts to each, and of completions."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     completions = LENGTHS[lengths](generator)
     # With completions of one length, prompts too have one, so that there is no padding at all
     prompts = (
