@@ -17,8 +17,8 @@ import os
 import random
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -180,19 +180,13 @@ def work_out(fleet: Fleet, ranks, student: Cost, teacher: Cost) -> dict[str, dic
     return figures
 
 
-def fit_cost(run, shapes) -> Cost:
-    """What a pass, a token and a pair cost, from the median seconds of passes without padding."""
-    seconds = {shape: [] for shape in shapes}
-    for _ in range(7):
-        for shape, values in seconds.items():
-            start = time.process_time()
-            run(*shape)
-            values.append(time.process_time() - start)
-    figures = torch.tensor([[1.0, *dense(*shape)] for shape in shapes], dtype=torch.float64)
-    medians = torch.tensor([statistics.median(values) for values in seconds.values()], dtype=torch.float64)
+def fit_cost(seconds: dict[tuple[int, int], float]) -> Cost:
+    """What a pass, a token and a pair cost, from the seconds of passes without padding, given by rows and width."""
+    figures = torch.tensor([[1.0, *dense(*shape)] for shape in seconds], dtype=torch.float64)
+    measured = torch.tensor(list(seconds.values()), dtype=torch.float64)
     # Relative errors are to be small, so each equation is divided by its right side
-    solution = torch.linalg.lstsq(figures / medians[:, None], torch.ones(len(shapes), 1, dtype=torch.float64)).solution
-    return Cost(*solution.flatten().tolist())
+    ones = torch.ones(len(seconds), 1, dtype=torch.float64)
+    return Cost(*torch.linalg.lstsq(figures / measured[:, None], ones).solution.flatten().tolist())
 
 
 def check():
@@ -201,6 +195,7 @@ def check():
     busiest rank has its core.
     """
     import step_overhead as steps
+    from teacher_scoring import time_ways
     from transformers import Qwen3ForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
@@ -231,27 +226,20 @@ def check():
             scored(**draw(rows, width))
 
         shapes = [(8, 50), (8, 120), (8, 250), (8, 500), (4, 100), (2, 300)]
-        measured = {way: [] for way in ways}
-        for repeat in range(8):
-            for way, step in ways.items():
-                start = time.process_time()
-                step()
-                if repeat:  # the first one warms up
-                    measured[way].append(time.process_time() - start)
-        costs = fit_cost(train, shapes), fit_cost(score, shapes)
+        ways |= {("train", *shape): partial(train, *shape) for shape in shapes}
+        ways |= {("score", *shape): partial(score, *shape) for shape in shapes}
+        seconds = time_ways(ways, 7, torch.device("cpu"))
+        costs = (fit_cost({shape: seconds[kind, *shape] for shape in shapes}) for kind in ("train", "score"))
         lengths = [(len(p), len(c)) for each in rollouts for p, c in zip(*each, strict=True)]
         fleet = Fleet("here", ranks, None, None, 0, 0, micro_batch=8, budget=1024)
         figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
-    pairs = {
-        way: (statistics.median(values), figures[way]["step" if way == "ours" else "student"])
-        for way, values in measured.items()
-    }
+    pairs = {"TRL": (seconds["TRL"], figures["TRL"]["student"]), "ours": (seconds["ours"], figures["ours"]["step"])}
     everyone = [pairs] * ranks
     if ranks > 1:
         dist.all_gather_object(everyone, pairs)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"| {ranks} process(es) | measured, s | worked out, s | off by |\n|---|---|---|---|")
-        for way in ways:
+        for way in pairs:
             seconds, expected = (max(column) for column in zip(*(each[way] for each in everyone), strict=True))
             print(f"| {way} | {seconds:.2f} | {expected:.2f} | {expected / seconds - 1:+.0%} |")
 

@@ -182,7 +182,7 @@ def make_ways(
 
 def time_ways(ways: dict, repeats: int, device) -> dict[str, float]:
     """Median seconds of each way; they take turns. On a CPU those of one core are counted, whatever else runs there."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     torch.set_num_threads(1)
     seconds = {name: [] for name in ways}
     for repeat in range(repeats + 1):  # the first round warms up
