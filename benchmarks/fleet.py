@@ -208,6 +208,7 @@ def check():
         ways = {
             "TRL": steps.make_step(student, None, False, 8, mine, folder),
             "ours": steps.make_step(student, teacher, True, 8, mine, folder),
+            "one token": steps.make_step(student, None, False, 8, ([[5]] * 64, [[5]] * 64), folder),
         }
         trained = Qwen3ForCausalLM.from_pretrained(student)
         add_fused_lm_head(trained, outputs=("log_probs", "entropy"))
@@ -229,11 +230,14 @@ def check():
         ways |= {("train", *shape): partial(train, *shape) for shape in shapes}
         ways |= {("score", *shape): partial(score, *shape) for shape in shapes}
         seconds = time_ways(ways, 7, torch.device("cpu"))
-        costs = (fit_cost({shape: seconds[kind, *shape] for shape in shapes}) for kind in ("train", "score"))
+        costs = [fit_cost({shape: seconds[kind, *shape] for shape in shapes}) for kind in ("train", "score")]
+        # Rewards, metrics and their exchange, which a step has beside its passes
+        beside = seconds["one token"] - costs[0].seconds([dense(8, 2)] * 8)
         lengths = [(len(p), len(c)) for each in rollouts for p, c in zip(*each, strict=True)]
         fleet = Fleet("here", ranks, None, None, 0, 0, micro_batch=8, budget=1024)
         figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
-    pairs = {"TRL": (seconds["TRL"], figures["TRL"]["student"]), "ours": (seconds["ours"], figures["ours"]["step"])}
+    expected = {"TRL": figures["TRL"]["student"] + beside, "ours": figures["ours"]["step"] + beside}
+    pairs = {way: (seconds[way], expected[way]) for way in expected}
     everyone = [pairs] * ranks
     if ranks > 1:
         dist.all_gather_object(everyone, pairs)

@@ -106,11 +106,17 @@ def test_a_run_without_padding_equals_grpo(kwargs, tmp_path, student_path):
     assert_equal_to_rounding(weights, expected, student_path)
 
 
-@pytest.mark.parametrize("num_iterations", [1, 2])
-def test_with_a_teacher(num_iterations, tmp_path, student_path, teacher_path):
-    kwargs = {"teacher": teacher_path, "num_iterations": num_iterations, "teacher_kl_coef": 0.1}
-    expected = train(RLADTrainer, student_path, tmp_path, **kwargs, trim_padding=False)
-    weights = train(RLADTrainer, student_path, tmp_path, **kwargs)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_iterations": 2},
+        {"teacher_kl_coef": 0.1, "teacher_kl_estimator": "forward", "teacher_top_k": 3},  # tensors of shape (B, T, 3)
+    ],
+    ids=["sampled", "named"],
+)
+def test_with_a_teacher(kwargs, tmp_path, student_path, teacher_path):
+    expected = train(RLADTrainer, student_path, tmp_path, teacher_path, **kwargs, trim_padding=False)
+    weights = train(RLADTrainer, student_path, tmp_path, teacher_path, **kwargs)
     assert_equal_to_rounding(weights, expected, student_path)
 
 
