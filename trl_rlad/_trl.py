@@ -2,7 +2,7 @@
 The only module that touches what TRL keeps private. `tests/test_trl_contract.py` pins every name used here.
 
 - `GRPOTrainer._generate_and_score_completions`: its dict is shuffled, split and buffered; what is added goes along.
-- `GRPOTrainer._generate`, whose first outputs are token ids of prompts and completions and the masks of tools.
+- `GRPOTrainer._generate`, which returns token ids of prompts and completions, the masks of tools, and with them images.
 - `GRPOTrainer._calculate_rewards`, which returns the rewards of all processes, a column for each reward function.
 - `GRPOTrainer._compute_loss`, and in it the one call of `_get_per_token_logps_and_entropies` (a 3-tuple since 1.7) that
   comes before `inputs.get("old_per_token_logps")` and `inputs.get("sampling_per_token_logps", old)` are read, and
@@ -92,7 +92,8 @@ class GuidedGRPOTrainer(GRPOTrainer):
     trims_padding = False
 
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
-    _rollouts = None  # of this process: token ids of prompts and completions, and masks if there are tools
+    # Those of this process: token ids of prompts and completions, and if there are any, masks of tools, and images
+    _rollouts, _images = None, None
     _rewards_per_func = None  # those of the generation batch being made, of all processes
 
     def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
@@ -126,18 +127,19 @@ class GuidedGRPOTrainer(GRPOTrainer):
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]] | None
     ) -> AbstractContextManager:
         """
-        Return a context in which asynchronous reward functions run, given this process's rollouts. A process that waits
-        for another one in there may wait forever.
+        Return a context in which asynchronous reward functions run, given this process's rollouts, of text only. A process
+        that waits for another one in there may wait forever.
         """
         return nullcontext()
 
     def _generate(self, prompts):
         outputs = super()._generate(prompts)
-        self._rollouts = outputs[:3]
+        *self._rollouts, _, _, _, self._images, _ = outputs
         return outputs
 
     def _calculate_rewards(self, *args, **kwargs):
-        with self.during_rewards(*self._rollouts) if any(map(is_async_callable, self.reward_funcs)) else nullcontext():
+        is_waiting = any(map(is_async_callable, self.reward_funcs)) and self._images is None
+        with self.during_rewards(*self._rollouts) if is_waiting else nullcontext():
             self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
