@@ -34,9 +34,9 @@ import tiny  # noqa: E402
 
 ROLLOUTS, GROUP, VOCABULARY = 64, 8, 512
 SIZES = {  # hidden size and layers: one, four and eight times the student's parameters in the layers
-    "1x": (64, 2),
-    "4x": (128, 2),
-    "8x": (128, 4),
+    "1x": (128, 2),
+    "4x": (256, 2),
+    "8x": (256, 4),
 }
 LENGTHS = {  # of completions; prompts have 40 to 120 tokens
     "exponential": lambda generator: [
@@ -187,14 +187,15 @@ def main():
             device = Accelerator(cpu=not torch.cuda.is_available()).device
             # What doesn't depend on the micro-batch takes turns with the ways of the first size alone
             others = {f"floor of {size}": make_floor(path, rollouts, device) for size, path in teachers.items()}
-            others["generation"] = make_generation(student, rollouts, device)
-            seconds = {}
+            seconds = time_ways({"generation": make_generation(student, rollouts, device)}, 2, device)
             for rows in options.micro_batches:
                 ways = {"GRPO": make_step(student, None, False, rows, rollouts, folder)}
                 ways["alpha 1"] = make_step(student, None, True, rows, rollouts, folder)
                 for size, path in teachers.items():
                     ways[size] = make_step(student, path, True, rows, rollouts, folder)
-                seconds |= time_ways(ways if seconds else ways | others, options.repeats, device)
+                seconds |= time_ways(
+                    ways if rows != options.micro_batches[0] else ways | others, options.repeats, device
+                )
                 peaks = {way: peak_memory(run, device) for way, run in ways.items()}
                 results.append({"lengths": lengths, "rows": rows, "tokens": tokens, "padded": padded})
                 results[-1] |= {"seconds": dict(seconds), "peak_mib": peaks}
