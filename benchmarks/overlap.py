@@ -1,10 +1,11 @@
 """
-Time a step whose reward function waits as long as the teacher scores, and see what the wait adds.
+Time a step whose reward function waits as long as the teacher takes, and see what the wait adds.
 
     python benchmarks/overlap.py
 
-The reward sleeps, as one does that asks a judge or a sandbox elsewhere: once as a plain function, once as a coroutine. Rows
-and models are those of `step_overhead.py`, with a teacher of four times the student's size.
+The reward sleeps, as one does that asks a judge or a sandbox elsewhere: once as a plain function, once as a coroutine. The
+teacher's passes sleep too, as a thread does that waits for a GPU, so that it doesn't matter what else runs here; all around
+them is what trains. Student and rollouts are small.
 """
 
 import asyncio
@@ -16,51 +17,55 @@ from pathlib import Path
 import step_overhead as steps
 import torch
 
+from trl_rlad.teachers import LocalTeacher
 
-def time_ways(ways: dict) -> dict[str, float]:
-    """Median seconds of each way; they take turns. Waiting counts."""
-    seconds = {name: [] for name in ways}
-    for _ in range(8):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+
+WAIT = 2.0  # seconds of the teacher, and of the reward
+
+
+def waiting(completion_ids, **kwargs):
+    time.sleep(WAIT)
+    return steps.reward(completion_ids)
+
+
+async def async_waiting(completion_ids, **kwargs):
+    await asyncio.sleep(WAIT)
+    return steps.reward(completion_ids)
+
+
+def slow_down(teacher: type[LocalTeacher]):
+    """Have each pass over `steps.ROLLOUTS` rows take `WAIT` in all."""
+    score = teacher.score
+
+    def slow(self, prompts, *args):
+        time.sleep(WAIT * len(prompts) / steps.ROLLOUTS)
+        return score(self, prompts, *args)
+
+    teacher.score = slow
 
 
 def main():
     torch.set_num_threads(1)
-    rollouts = steps.make_rollouts("exponential")
+    slow_down(LocalTeacher)
+    rollouts = [[[4 + row % 28] * 8 for row in range(steps.ROLLOUTS)] for _ in range(2)]
+    ways = {
+        "a reward at once": steps.reward,
+        "a function that waits": waiting,
+        "a coroutine that waits": async_waiting,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        student, teacher = (steps.save(Path(folder, size), *steps.SIZES[size]) for size in ("1x", "4x"))
-        wait = [0.0]
-
-        def waiting(completion_ids, **kwargs):
-            time.sleep(wait[0])
-            return steps.reward(completion_ids)
-
-        async def async_waiting(completion_ids, **kwargs):
-            await asyncio.sleep(wait[0])
-            return steps.reward(completion_ids)
-
-        def make(reward, path=teacher):
-            return steps.make_step(student, path, True, 8, rollouts, folder, reward)
-
-        alone = time_ways({"alpha 1": make(steps.reward, None), "with its teacher": make(steps.reward)})
-        wait[0] = alone["with its teacher"] - alone["alpha 1"]
-        ways = {
-            "a reward at once": steps.reward,
-            "a function that waits": waiting,
-            "a coroutine that waits": async_waiting,
-        }
-        seconds = time_ways({name: make(reward) for name, reward in ways.items()})
-    print(f"The teacher takes {wait[0]:.2f} s, and so does the reward where it waits\n")
+        path = steps.save(Path(folder, "model"), *steps.SIZES["1x"])
+        ways = {name: steps.make_step(path, path, True, 32, rollouts, folder, reward) for name, reward in ways.items()}
+        seconds = {name: [] for name in ways}
+        for _ in range(8):  # in turns, and the first round warms up
+            for name, step in ways.items():
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     print("| step with | s | the wait adds |\n|---|---|---|")
-    for name, value in seconds.items():
-        added = value - seconds["a reward at once"]
-        print(
-            f"| {name} | {value:.2f} | {added / wait[0]:.0%} of itself, {added / seconds['a reward at once']:.0%} of a step |"
-        )
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} | {value / medians['a reward at once'] - 1:+.0%} |")
 
 
 if __name__ == "__main__":

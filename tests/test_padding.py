@@ -162,6 +162,27 @@ def test_images_go_along_with_their_rows():
     assert rows["image_grid_thw"][:, 2].tolist() == [3, 2, 3, 3]
 
 
+def test_log_probs_of_a_generation_batch_come_back_in_its_order(tmp_path, student_path, monkeypatch):
+    """The forward pass is replaced by one that tells the first patch of each row's images, at each of its tokens."""
+    batch, trainer = make_images([1, 2, 1, 2], sizes=[3, 2]), make_trainer(RLADTrainer, student_path, tmp_path)
+    batch["completion_mask"] = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    widths = []
+
+    def first_patches(self, model, input_ids, attention_mask, logits_to_keep, num_images, pixel_values, **kwargs):
+        widths.append(input_ids.size(1))
+        starts = [0, 3] if num_images[0] == 1 else [0, 5]
+        return pixel_values[starts, :1] * attention_mask[:, -logits_to_keep:], None, None
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", first_patches)
+    attention_mask = torch.cat([batch.pop("prompt_mask"), batch["completion_mask"]], dim=1)
+    images = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "num_images")}
+    logps, *_ = trainer._get_per_token_logps_and_entropies(
+        None, torch.ones(4, 5, dtype=torch.long), attention_mask, 3, batch_size=2, num_tiles=None, **images
+    )
+    assert widths == [5, 3]  # rows 1 and 2, then rows 0 and 3
+    assert torch.equal(logps, torch.tensor([0.0, 10, 20, 30])[:, None] * batch["completion_mask"])
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=6), st.sampled_from([1, 4]))
 def test_trimming_cuts_padding_and_nothing_else(lengths, multiple):
     prompt_lengths, completion_lengths = torch.tensor(lengths).T[:, :, None]

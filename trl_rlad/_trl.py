@@ -191,12 +191,14 @@ class GuidedGRPOTrainer(GRPOTrainer):
 
     def _score_trimmed(self, model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs):
         """The log-probabilities of a generation batch, from as many forward passes as TRL's."""
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        batch |= {
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
             "prompt_mask": attention_mask[:, :-logits_to_keep],
             "completion_mask": attention_mask[:, -logits_to_keep:],
+            "row": torch.arange(len(input_ids), device=input_ids.device),
+            **{key: value for key, value in kwargs.items() if value is not None},
         }
-        batch["row"] = torch.arange(len(input_ids), device=input_ids.device)
         logps, rows = [], []
         for part in self._cut(split_pixel_values_by_grid(batch), batch_size, window=len(input_ids)):
             rows.append(part.pop("row"))
