@@ -9,6 +9,7 @@ them is what trains. Student and rollouts are small.
 """
 
 import asyncio
+import random
 import statistics
 import tempfile
 import time
@@ -47,7 +48,8 @@ def slow_down(teacher: type[LocalTeacher]):
 def main():
     torch.set_num_threads(1)
     slow_down(LocalTeacher)
-    rollouts = [[[4 + row % 28] * 8 for row in range(steps.ROLLOUTS)] for _ in range(2)]
+    generator = random.Random(0)  # no two rollouts are alike
+    rollouts = [[generator.choices(range(4, 32), k=8) for _ in range(steps.ROLLOUTS)] for _ in range(2)]
     ways = {
         "a reward at once": steps.reward,
         "a function that waits": waiting,
