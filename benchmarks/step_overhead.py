@@ -128,12 +128,13 @@ def make_floor(teacher: str, rollouts, device):
     """A function that runs a teacher over as many tokens, without padding, and its LM head over the completions'."""
     model = Qwen3ForCausalLM.from_pretrained(teacher).eval().to(device)
     scored, tokens = sum(map(len, rollouts[1])), sum(map(len, rollouts[0] + rollouts[1]))
-    rows = tokens // 128  # a batch of about the teacher's own budget on a CPU, 1,024 tokens
-    ids = torch.randint(4, 32, (rows, 128), device=device)
+    width = tokens // ROLLOUTS
+    ids = torch.randint(4, 32, (ROLLOUTS, width), device=device)
+    rows_at_once = max(1, (1024 if device.type == "cpu" else 16384) // width)  # as the teacher by itself
 
     @torch.no_grad()
     def floor():
-        for chunk in ids.split(8 if device.type == "cpu" else rows):
+        for chunk in ids.split(rows_at_once):
             states = model.base_model(input_ids=chunk, use_cache=False).last_hidden_state.flatten(0, 1)
             model.lm_head(states[: len(states) * scored // tokens]).log_softmax(-1)
 
