@@ -84,13 +84,14 @@ def main(
     resume=None,  # from the last checkpoint
     hang=None,  # this rank never comes back from its teacher
     absent=None,  # this rank never comes to the scoring
+    reward="reward",  # its name in `tiny`
     **kwargs,
 ):
     torch.set_num_threads(1)
     config = tiny.make_config(output_dir, **{"max_steps": 3, "teacher_tokens_per_batch": 50, **kwargs})
     trainer = RLADTrainer(
         student,
-        tiny.reward,
+        getattr(tiny, reward),
         config,
         tiny.make_dataset(),
         teacher_model=teacher,

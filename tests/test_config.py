@@ -35,6 +35,7 @@ def test_nothing_else_differs_from_grpo():
         "teacher_zero_stage",
         "teacher_offload",
         "teacher_timeout",
+        "trim_padding",
         "teacher_tokens_per_batch",
     }
 

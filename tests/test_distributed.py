@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def launch(output_dir, config, check=True, worker="distributed_worker.py", **options):
-    """Run the worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
+    """Run a worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
     output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m"]
     if config == "ddp":

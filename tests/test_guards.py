@@ -76,6 +76,14 @@ def test_log_probabilities_without_a_gradient(mode, make_trainer, monkeypatch):
         make_trainer(**mode).train()
 
 
+def test_rollouts_that_did_not_come_by_the_teacher(mode, make_trainer, monkeypatch):
+    # as a mixin that makes them its own way
+    theirs = GRPOTrainer._generate_and_score_completions
+    monkeypatch.setattr(RLADTrainer, "_generate_and_score_completions", theirs)
+    with pytest.raises(RuntimeError, match="rollouts did not come by the teacher"):
+        make_trainer(**mode).train()
+
+
 @pytest.mark.parametrize("loss", [ask_the_model_directly, ignore_what_was_put_in])
 def test_without_a_teacher_any_loss_will_do(loss, make_trainer, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", loss)

@@ -1,9 +1,11 @@
 """Dealing and cutting, for any token counts."""
 
-from hypothesis import given
+from itertools import pairwise, product
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_rlad.packing import cut, cut_shared, deal, group_rows, sharing_pays
+from trl_rlad.packing import cut, cut_shared, deal, group_rows, micro_batches, sharing_pays
 
 
 lengths = st.lists(st.integers(1, 500), max_size=60)
@@ -55,16 +57,26 @@ def test_when_sharing_pays():
     assert not sharing_pays(512, [64])
 
 
+def count_cost(batches, lengths, budget):
+    return sum(len(batch) * max(lengths[i] for i in batch) + budget / 16 for batch in batches)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 200))
+def test_no_other_cut_is_cheaper(lengths, budget):
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    costs = []
+    for bars in product([True, False], repeat=len(order) - 1):  # whether to cut behind each item
+        bounds = [0, *(i + 1 for i, bar in enumerate(bars) if bar), len(order)]
+        batches = [order[start:end] for start, end in pairwise(bounds)]
+        if all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget for batch in batches):
+            costs.append(count_cost(batches, lengths, budget))
+    assert count_cost(cut(lengths, budget), lengths, budget) == min(costs)
+
+
 def test_hand_worked_cut():
-    # the longest first: 2 * 7 > 10; then two rows of 3 make 6, and a third of 2 < 3/4 * 3 goes by itself
+    # the longest first: 2 * 7 > 10; then two rows of 3 and one of 2 make 9 + 10/16 in one, 8 + 20/16 in two
     assert cut([3, 7, 2, 3], 10) == [[1], [0, 3], [2]]
-
-
-def test_an_item_too_short_for_its_batch_opens_a_new_one():
-    # 50 < 3/4 of 100, and 100 is no less than 200 / 8; 80 is long enough, and then 2 * 100 is the whole budget
-    assert cut([100, 50, 80, 50], 200) == [[0, 2], [1, 3]]
-    # in a budget of 4,000, a batch of 100 is still small (below 500)
-    assert cut([100, 50, 80, 50], 4000) == [[0, 2, 1, 3]]
 
 
 def test_hand_worked_deal():
@@ -72,3 +84,20 @@ def test_hand_worked_deal():
     assert deal([5, 9, 3, 4], [0, 0]) == [[1, 2], [0, 3]]
     # Where B has 8 to do already: 9 -> A, 5 -> B (8 < 9), 4 -> A (9 < 13), 3 -> A or B (13 = 13)
     assert deal([5, 9, 3, 4], [0, 8]) == [[1, 3, 2], [0]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(0, 99)), max_size=40), st.integers(1, 5), st.integers(1, 4))
+def test_micro_batches_keep_to_their_window(lengths, rows, batches):
+    prompts, completions = [prompt for prompt, _ in lengths], [completion for _, completion in lengths]
+    window = rows * batches
+    order = sum(cuts := micro_batches(prompts, completions, rows, window), [])
+    assert all(len(cut) == rows for cut in cuts[:-1])
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        assert sorted(part) == list(range(start, start + len(part)))
+        assert [completions[i] for i in part] == sorted((completions[i] for i in part), reverse=True)
+
+
+def test_hand_worked_micro_batches():
+    # In the first window of four, 9 and 5 come first, then of the two 2s the one with the longer prompt
+    assert micro_batches([1, 1, 1, 3, 1, 1], [2, 5, 9, 2, 7, 8], rows=2, window=4) == [[2, 1], [3, 0], [5, 4]]

@@ -101,6 +101,31 @@ def test_rows_and_tokens_that_are_not_wanted_are_left_out():
     assert torch.equal(scores["teacher_per_token_logps"], -wanted.float())
 
 
+def test_equal_rows_are_scored_once():
+    batch = {name: value[[0, 1, 0, 0, 1, 2]] for name, value in make_batch().items()}
+    batch["prompt_ids"][3] += 1  # the same completion of another prompt
+    teacher = CountingTeacher()
+    scores = TeacherScorer(teacher, Accelerator(cpu=True), 30).score(batch, batch["completion_mask"])
+    assert teacher.rows == 4
+    assert torch.equal(scores["teacher_per_token_logps"], -batch["completion_mask"].float())
+
+
+def test_what_comes_behind_the_last_wanted_token_is_not_run(tmp_path, teacher_path):
+    batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path)
+    wanted = batch["completion_mask"] * (torch.arange(9) < 4)
+    score, longest = teacher.score, []
+
+    def record(prompts, completions, *args):
+        longest.extend(map(len, completions))
+        return score(prompts, completions, *args)
+
+    teacher.score = record
+    scores = TeacherScorer(teacher, Accelerator(cpu=True), 30).score(batch, wanted)
+    assert sorted(longest) == sorted(wanted.sum(1).tolist())
+    expected = naive_scores(teacher_path, batch, 1.0) * wanted
+    torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
+
+
 def test_tokens_the_teacher_does_not_know_are_left_to_the_policy():
     batch = make_batch()
     batch["completion_ids"][:, 0] = 3

@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 
 import trl_rlad._trl
+from trl_rlad import padding
 
 
 SOURCE = inspect.getsource(GRPOTrainer)
@@ -31,6 +32,11 @@ def test_methods_we_override():
         "completions",
         "completion_ids_list",
     ]
+    assert parameters(GRPOTrainer._generate) == ["self", "prompts"]
+    returned = (
+        r"return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images\n"
+    )
+    assert re.search(returned + "$", inspect.getsource(GRPOTrainer._generate))
     assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
     assert parameters(GRPOTrainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
     assert parameters(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
@@ -80,6 +86,41 @@ def test_the_reference_kl_is_where_a_penalty_can_be_added():
     assert code.count('self._metrics[mode]["kl"]') == 1
 
 
+def test_micro_batches_are_buffered_as_we_cut_them_anew():
+    prepare = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
+    assert "split_tensor_dict(generation_batch, self.args.steps_per_generation)" in prepare
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in prepare
+    assert "% self.current_gradient_accumulation_steps" in inspect.getsource(GRPOTrainer.training_step)
+
+
+def test_every_tensor_of_a_batch_is_known():
+    # A new one needs a place in padding.py, unless it is over the tokens of the completion or isn't batched
+    keys = re.findall(r'output\["(\w+)"\] =', inspect.getsource(GRPOTrainer._generate_and_score_completions))
+    completions = {"old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "tool_mask"}
+    others = {"importance_sampling_ratio", "num_images", "num_tiles"}
+    assert set(keys) == padding.IMAGES | {"token_type_ids", "mm_token_type_ids"} | completions | others
+
+
+def test_log_probs_of_a_generation_batch_come_without_entropies():
+    calls = re.findall(
+        r"self\._get_per_token_logps_and_entropies\((.*?)\n +\)",
+        inspect.getsource(GRPOTrainer._generate_and_score_completions),
+        flags=re.S,
+    )
+    assert len(calls) == 3 and all("batch_size=batch_size" in call and "compute" not in call for call in calls)
+    assert "batch_size" not in LOSS
+
+
+def test_all_that_depends_on_which_rows_share_a_micro_batch_is_known():
+    # Means over its tokens or rows, each by its loss type, and the quantile; our row orders keep to `_order_is_free`
+    code = re.sub(r"#.*", "", LOSS)
+    assert re.findall(r"\.mean\(\)", code[: code.index("def masked_seq_mean")]) == [".mean()"] * 3
+    assert code.count("mask.sum().clamp(min=1.0)") == 2  # bnpo, and the entropy bonus with its `effective_mask`
+    assert "if self._entropy_bonus_enabled:" in code and "if self.aux_loss_enabled:" in code
+    assert "if self.top_entropy_quantile < 1.0:" in code
+
+
 def test_batch_keys():
     for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"):
         assert f'"{key}"' in inspect.getsource(GRPOTrainer._generate_and_score_completions)
@@ -88,7 +129,7 @@ def test_batch_keys():
 
 @pytest.mark.parametrize(
     "attribute",
-    ["_metrics", "reward_weights", "reward_func_names", "num_generations_eval", "_tokenizer", "_is_vlm", "eos_token_ids", "epsilon_low", "epsilon_high", "importance_sampling_level", "temperature"],
+    ["_metrics", "reward_weights", "reward_func_names", "num_generations_eval", "_tokenizer", "_is_vlm", "eos_token_ids", "epsilon_low", "epsilon_high", "importance_sampling_level", "temperature", "_buffered_inputs", "_step", "_entropy_bonus_enabled", "aux_loss_enabled", "top_entropy_quantile", "pad_to_multiple_of"],
 )  # fmt: skip
 def test_attributes_of_the_trainer(attribute):
     assert re.search(rf"\bself\.{attribute}\b( =|,)", SOURCE)
@@ -124,6 +165,9 @@ def test_functions():
     assert parameters(utils.add_fused_lm_head)[:2] == ["model", "temperature"]
     assert parameters(utils.create_model_from_path)[0] == "model_id"
     assert parameters(utils.get_config_model_id) == ["config"]
+    assert parameters(utils.is_async_callable) == ["func"]
+    for function in (utils.split_pixel_values_by_grid, utils.unsplit_pixel_values_by_grid):
+        assert parameters(function) == ["batch"]
     assert parameters(utils.maybe_gather_lm_head_ctx) == ["params"]
 
 

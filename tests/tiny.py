@@ -158,6 +158,10 @@ def reward(completion_ids, **kwargs):
     return [round(sum(i % 2 == 0 for i in ids) / len(ids), 1) for ids in completion_ids]
 
 
+async def async_reward(completion_ids, **kwargs):
+    return reward(completion_ids)
+
+
 def make_config(output_dir, cls=RLADConfig, **kwargs):
     defaults = {
         "use_cpu": True,

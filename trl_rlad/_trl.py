@@ -2,20 +2,28 @@
 The only module that touches what TRL keeps private. `tests/test_trl_contract.py` pins every name used here.
 
 - `GRPOTrainer._generate_and_score_completions`: its dict is shuffled, split and buffered; what is added goes along.
+- `GRPOTrainer._generate`, which returns token ids of prompts and completions, the masks of tools, and with them images.
 - `GRPOTrainer._calculate_rewards`, which returns the rewards of all processes, a column for each reward function.
 - `GRPOTrainer._compute_loss`, and in it the one call of `_get_per_token_logps_and_entropies` (a 3-tuple since 1.7) that
   comes before `inputs.get("old_per_token_logps")` and `inputs.get("sampling_per_token_logps", old)` are read, and
   `self.beta * per_token_kl`, which it adds to the loss of each token if `self.beta != 0.0`.
+- `GRPOTrainer._prepare_inputs`, which shuffles a generation batch and cuts it into the micro-batches of
+  `_buffered_inputs`, of which it returns number `_step % steps_per_generation`; and the calls of
+  `_get_per_token_logps_and_entropies` with a `batch_size`, for the log-probabilities of the old policy and the reference.
+- `GRPOTrainer._entropy_bonus_enabled`, `aux_loss_enabled`, `top_entropy_quantile` and `pad_to_multiple_of`.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
 - The inputs beside the tokens that the student's forward pass is given for images, and `split_pixel_values_by_grid`.
 - `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
-  `maybe_gather_lm_head_ctx`, `use_adapter`; `trl.models.prepare_fsdp`.
+  `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
+  `trl.models.prepare_fsdp`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from math import gcd
 
 import torch
+from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
@@ -23,11 +31,15 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
+    is_async_callable,
     split_pixel_values_by_grid,
+    unsplit_pixel_values_by_grid,
     use_adapter,
 )
 from trl.trainer.utils import maybe_gather_lm_head_ctx as gather_lm_head
 
+from .packing import micro_batches
+from .padding import IMAGES, merge, select, trim
 from .trrd import sequence_log_ratio
 
 
@@ -38,6 +50,7 @@ __all__ = [
     "gather_lm_head",
     "get_config_model_id",
     "logit_scale",
+    "patched",
     "prepare_fsdp",
     "split_images",
     "use_adapter",
@@ -59,16 +72,7 @@ def logit_scale(text_config: PretrainedConfig) -> float:
 
 
 # What TRL hands to a vision-language model beside the tokens
-IMAGE_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
+IMAGE_INPUTS = IMAGES | {"token_type_ids", "mm_token_type_ids"}
 
 
 def split_images(batch: dict) -> list[dict[str, torch.Tensor]]:
@@ -106,7 +110,8 @@ class _Beta(float):
         return float(self) * self.weight * per_token_kl + self.penalty
 
 
-def _patched(problem: str) -> RuntimeError:
+def patched(problem: str) -> RuntimeError:
+    """The error of a step in which the teacher would have no say, though it was to have one."""
     return RuntimeError(
         f"This would not be training with a teacher: {problem}. Likely causes are a library that patches TRL (such as "
         "Unsloth), a mixin with a loss of its own, or a TRL newer than those tried. Train without it, or set `alpha=1.0` "
@@ -138,14 +143,18 @@ class GuidedGRPOTrainer(GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with four places to hold on to: what a rollout batch is given along, what is seen of the forward
     pass, which log-probabilities the policy is compared with, and what is added to the loss of each token. Left alone, they
-    change nothing, not even a bit.
+    change nothing, not even a bit. With `trims_padding` the student's passes run on micro-batches of similar lengths without
+    the padding of the others.
     """
 
+    trims_padding = False
     # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
     is_guided = False
 
     _has_guided = False  # whether the loss of this step has come by here
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
+    # Those of this process: token ids of prompts and completions, and if there are any, masks of tools, and images
+    _rollouts, _images = None, None
     _rewards_per_func = None  # those of the generation batch being made, of all processes
 
     def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
@@ -175,8 +184,24 @@ class GuidedGRPOTrainer(GRPOTrainer):
         """Return what is added to the loss of each token, as the reference KL is, or `None` for nothing."""
         return None
 
+    def during_rewards(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]] | None
+    ) -> AbstractContextManager:
+        """
+        Return a context in which asynchronous reward functions run, given this process's rollouts, of text only. A process
+        that waits for another one in there may wait forever.
+        """
+        return nullcontext()
+
+    def _generate(self, prompts):
+        outputs = super()._generate(prompts)
+        *self._rollouts, _, _, _, self._images, _ = outputs
+        return outputs
+
     def _calculate_rewards(self, *args, **kwargs):
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        is_waiting = any(map(is_async_callable, self.reward_funcs)) and self._images is None
+        with self.during_rewards(*self._rollouts) if is_waiting else nullcontext():
+            self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -187,8 +212,37 @@ class GuidedGRPOTrainer(GRPOTrainer):
         self._has_guided = False
         loss = super().training_step(*args, **kwargs)
         if self.is_guided and not self._has_guided:
-            raise _patched("the loss never asked for the student's log-probabilities through `RLADTrainer`")
+            raise patched("the loss never asked for the student's log-probabilities through `RLADTrainer`")
         return loss
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.trims_padding and self._buffered_inputs is not before:
+            steps = self.args.steps_per_generation
+            batch = merge([split_pixel_values_by_grid(micro_batch) for micro_batch in self._buffered_inputs])
+            rows = len(batch["advantages"]) // steps
+            window = rows * gcd(steps, self.args.gradient_accumulation_steps) if self._order_is_free else rows
+            self._buffered_inputs = self._cut(batch, rows, window)
+            inputs = self._buffered_inputs[self._step % steps]
+        return inputs
+
+    @property
+    def _order_is_free(self):
+        # Within an optimizer step, unless the loss has something that depends on which rows share a micro-batch: a mean
+        # over its tokens (BNPO, the entropy bonus), a quantile of its entropies, or its load of the experts
+        return not (
+            self.loss_type == "bnpo"
+            or self._entropy_bonus_enabled
+            or self.top_entropy_quantile < 1.0
+            or self.aux_loss_enabled
+        )
+
+    def _cut(self, batch, rows, window):
+        """Micro-batches of `rows` of similar lengths, each without the padding of the others."""
+        lengths = (batch[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion"))
+        cuts = micro_batches(*lengths, rows, window)
+        return [trim(unsplit_pixel_values_by_grid(select(batch, cut)), self.pad_to_multiple_of or 1) for cut in cuts]
 
     def _compute_loss(self, model, inputs):
         # A copy: with several iterations or accumulation steps, TRL hands out the same buffered dict again
@@ -197,7 +251,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
         try:
             loss = super()._compute_loss(model, batch)
             if batch.unread or isinstance(self.beta, _Beta) and not self.beta.is_used:
-                raise _patched("the loss did not read what the teacher had put into it")
+                raise patched("the loss did not read what the teacher had put into it")
             if self.beta is not beta and beta == 0.0:  # TRL has logged a KL, of 0, to a reference that isn't there
                 self._metrics["train" if self.model.training else "eval"].pop("kl")
             return loss
@@ -205,7 +259,28 @@ class GuidedGRPOTrainer(GRPOTrainer):
             self._loss_batch = None
             self.beta, self.args.use_bias_correction_kl = beta, use_bias_correction_kl
 
+    def _score_trimmed(self, model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs):
+        """The log-probabilities of a generation batch, from as many forward passes as TRL's."""
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "prompt_mask": attention_mask[:, :-logits_to_keep],
+            "completion_mask": attention_mask[:, -logits_to_keep:],
+            "row": torch.arange(len(input_ids), device=input_ids.device),
+            **{key: value for key, value in kwargs.items() if value is not None},
+        }
+        logps, rows = [], []
+        for part in self._cut(split_pixel_values_by_grid(batch), batch_size, window=len(input_ids)):
+            rows.append(part.pop("row"))
+            part.pop("prompt_mask")
+            width = part.pop("completion_mask").size(1)
+            outputs = super()._get_per_token_logps_and_entropies(model, logits_to_keep=width, **part)
+            logps.append(pad(outputs[0], (0, logits_to_keep - width)))
+        return torch.cat(logps)[torch.cat(rows).argsort()], None, None
+
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self.trims_padding and kwargs.get("batch_size") is not None:
+            return self._score_trimmed(model, *args, **kwargs)
         batch, self._loss_batch = self._loss_batch, None
         with nullcontext() if batch is None else self.watch_forward(model, batch):
             outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -213,7 +288,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
             self._has_guided = True
             per_token_logps = outputs[0]
             if self.model.training and torch.is_grad_enabled() and not per_token_logps.requires_grad:
-                raise _patched("the student's log-probabilities carry no gradient")
+                raise patched("the student's log-probabilities carry no gradient")
             old_per_token_logps = batch.get("old_per_token_logps")
             if old_per_token_logps is None:  # on-policy without vLLM, TRL saves the forward pass
                 old_per_token_logps = per_token_logps.detach()

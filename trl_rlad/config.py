@@ -87,6 +87,13 @@ class RLADConfig(GRPOConfig):
             Seconds within which all processes must have come to the scoring of a rollout batch, and again to its end.
             A process that is stuck is then named, and training ends.
 
+        > Parameters that control the student's passes
+
+        trim_padding (`bool`, *optional*, defaults to `True`):
+            Whether the student runs without the padding of the generation batch: within an optimizer step, rows of
+            similar lengths share a micro-batch, which is cut to the widest of them. It changes a step by rounding only.
+            `False` is TRL's way, bit for bit.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], as in the paper:
     > - `epsilon_high`: Defaults to `0.28` instead of `None`.
@@ -202,6 +209,15 @@ class RLADConfig(GRPOConfig):
     teacher_timeout: float = field(
         default=1800.0,
         metadata={"help": "Seconds within which all processes must have scored a rollout batch."},
+    )
+
+    # Parameters that control the student's passes
+    trim_padding: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the student runs without the padding of the generation batch: rows of similar lengths share "
+            "a micro-batch, which is cut to the widest of them. False is TRL's way, bit for bit."
+        },
     )
 
     def __post_init__(self):

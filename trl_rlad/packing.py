@@ -1,6 +1,8 @@
 """How sequences are dealt out to processes and cut into micro-batches. Pure functions of token counts."""
 
 from collections.abc import Hashable, Sequence
+from heapq import heapify, heapreplace
+from math import ceil
 
 
 def sharing_pays(prompt_length: int, completion_lengths: Sequence[int]) -> bool:
@@ -56,11 +58,12 @@ def deal(costs: Sequence[int], loads: Sequence[int]) -> list[list[int]]:
         `list[list[int]]`: the indices of each process.
     """
     hands: list[list[int]] = [[] for _ in loads]
-    totals = list(loads)
+    totals = [(load, process) for process, load in enumerate(loads)]
+    heapify(totals)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        poorest = totals.index(min(totals))
+        total, poorest = totals[0]
         hands[poorest].append(item)
-        totals[poorest] += costs[item]
+        heapreplace(totals, (total + costs[item], poorest))
     return hands
 
 
@@ -68,21 +71,23 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     Cut items into micro-batches of at most `budget` tokens, padding counted. One that is longer goes by itself.
 
-    An item of less than three quarters of its batch's length opens a new batch, unless the batch is still small: an
-    eighth of the budget.
+    Of all ways to cut the items, sorted by length, it is the one with the fewest tokens, where each micro-batch counts as a
+    sixteenth of the budget more: what starting it costs.
 
     Returns:
         `list[list[int]]`: indices, the longest first.
     """
-    batches: list[list[int]] = []
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        if batches:
-            batch, longest = batches[-1], lengths[batches[-1][0]]
-            is_small = 8 * len(batch) * longest < budget
-            if (len(batch) + 1) * longest <= budget and (is_small or 4 * lengths[item] >= 3 * longest):
-                batch.append(item)
-                continue
-        batches.append([item])
+    order = sorted(range(len(lengths)), key=lambda item: -lengths[item])
+    costs, starts = [0.0], [0]  # of the best cut of the first items, and where its last micro-batch starts
+    for end in range(1, len(order) + 1):
+        tokens = {start: (end - start) * lengths[order[start]] for start in range(end)}
+        fitting = [start for start in tokens if start == end - 1 or tokens[start] <= budget]
+        starts.append(min(fitting, key=lambda start: costs[start] + tokens[start]))
+        costs.append(costs[starts[-1]] + tokens[starts[-1]] + budget / 16)
+    batches, end = [], len(order)
+    while end:
+        batches.insert(0, order[starts[end] : end])
+        end = starts[end]
     return batches
 
 
@@ -95,6 +100,34 @@ def cut_shared(prompt_length: int, completion_lengths: Sequence[int], budget: in
         `list[list[int]]`: indices, the longest completion first.
     """
     longest = max(completion_lengths)
-    rows = max(1, min((budget - prompt_length) // longest, 8 * budget // (prompt_length + longest)))
+    most = max(1, min((budget - prompt_length) // longest, 8 * budget // (prompt_length + longest)))
+    rows = ceil(len(completion_lengths) / ceil(len(completion_lengths) / most))  # evenly
     order = sorted(range(len(completion_lengths)), key=lambda item: -completion_lengths[item])
+    return [order[start : start + rows] for start in range(0, len(order), rows)]
+
+
+def micro_batches(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[int], rows: int, window: int
+) -> list[list[int]]:
+    """
+    Cut items into micro-batches of `rows` of similar lengths, moving none out of its window.
+
+    Prompts are padded on the left and completions on the right, so a micro-batch is as wide as its longest prompt and its
+    longest completion together. Completions vary more: they are what is sorted by.
+
+    Args:
+        prompt_lengths (`Sequence[int]`), completion_lengths (`Sequence[int]`):
+            Token counts of each item.
+        rows (`int`):
+            Items of a micro-batch. If they don't divide the number of items, the last one is smaller.
+        window (`int`):
+            Items among which order is free.
+
+    Returns:
+        `list[list[int]]`: indices, in each window the longest completion first.
+    """
+    order: list[int] = []
+    for start in range(0, len(completion_lengths), window):
+        items = range(start, min(start + window, len(completion_lengths)))
+        order += sorted(items, key=lambda item: (-completion_lengths[item], -prompt_lengths[item]))
     return [order[start : start + rows] for start in range(0, len(order), rows)]

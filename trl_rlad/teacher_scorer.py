@@ -1,7 +1,9 @@
 """From a padded rollout batch to the teacher's log-probabilities, and back."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -30,6 +32,11 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+    @property
+    def key(self) -> tuple:
+        """What rows with the same scores have in common. A row with images is a row of its own."""
+        return self.prompt.numpy().tobytes(), self.completion.numpy().tobytes(), id(self) if self.images else None
 
     @property
     def shapes(self) -> tuple:
@@ -85,6 +92,7 @@ class TeacherScorer(TrainerCallback):
         self.is_shared = torch.zeros(teacher.vocab_size, dtype=torch.bool)
         self.is_shared[torch.tensor(sorted(shared_ids), dtype=torch.long)] = True
         self.calls, self.seconds, self.has_trained = 0, 0.0, False
+        self._ahead, self._waited = {}, 0.0  # what `ahead` has scored, and how long it was waited for
         barrier_group()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -120,20 +128,27 @@ class TeacherScorer(TrainerCallback):
         """
         start = time.perf_counter()
         completion_ids = batch["completion_ids"]
-        mask = mask.bool() & ~torch.isin(completion_ids, self.unknown_ids.to(completion_ids.device))
+        mask = mask.bool() & self._is_known(completion_ids)
 
         which = mask.any(dim=1).nonzero().flatten().tolist()
         prompt_ids, prompt_mask = batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu().bool()
-        ids, ids_mask = completion_ids.cpu(), batch["completion_mask"].cpu().bool()
+        ids, ids_mask, wanted = completion_ids.cpu(), batch["completion_mask"].cpu().bool(), mask.cpu()
         images = split_images(batch)
-        rows = [Row(prompt_ids[i][prompt_mask[i]], ids[i][ids_mask[i]], images[i]) for i in which]
+        # With images, the tensors beside the tokens are as long as these
+        ends = [ids_mask[i] if images[i] else wanted[i] for i in range(len(ids))]
+        rows = [Row(prompt_ids[i][prompt_mask[i]], cut_end(ids[i], ends[i]), images[i]) for i in which]
         self._check_ids(rows)
         if self.image_problem and any(row.images for row in rows):
             raise ValueError(self.image_problem)
+        # Equal rows are scored once, and those that were scored ahead not again
+        keys = [row.key for row in rows]
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._ahead}
 
         self.calls += 1
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
-            scores = self._score_with_all_processes(rows)
+            scores = self._score_with_all_processes(list(missing.values()))
+        known = self._ahead | dict(zip(missing, scores, strict=True))
+        scores, self._ahead = [known[key] for key in keys], {}
         logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
         top_k = min(self.top_k, self.teacher.vocab_size)
         top_ids = completion_ids.new_zeros(*logps.shape, top_k)
@@ -150,9 +165,52 @@ class TeacherScorer(TrainerCallback):
                 f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or load it "
                 'with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
             )
-        self.seconds = time.perf_counter() - start
+        self.seconds, self._waited = time.perf_counter() - start + self._waited, 0.0
         result = {"teacher_per_token_logps": logps, "teacher_mask": mask}
         return result | ({"teacher_top_ids": top_ids, "teacher_top_logps": top_logps} if top_k else {})
+
+    @contextmanager
+    def ahead(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+    ) -> Iterator[None]:
+        """
+        Score rows in a thread while the body of the context runs, for the next call of `score`.
+
+        No process waits for another one meanwhile, since the body may: each scores its own rows, and a sharded teacher, which
+        needs all processes, scores none.
+
+        Args:
+            prompts, completions (`Sequence[Sequence[int]]`):
+                Token ids of each row.
+            masks (`Sequence[Sequence[int]]`):
+                1 where the teacher's log-probability may be wanted, for each token of the completions.
+
+        Raises:
+            Whatever the teacher raises, when the body has ended.
+        """
+        if self.teacher.is_sharded:
+            yield
+            return
+        rows = []
+        for prompt, completion, mask in zip(prompts, completions, masks, strict=True):
+            completion = torch.tensor(completion)
+            wanted = torch.tensor(mask).bool() & self._is_known(completion)
+            if wanted.any():
+                rows.append(Row(torch.tensor(prompt), cut_end(completion, wanted), {}))
+        rows = {row.key: row for row in rows}
+        self._check_ids(rows.values())
+
+        def run():
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.set_device(self.accelerator.device)  # each thread has its own
+            return self._score(list(rows.values()))
+
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            scores = pool.submit(run)
+            yield
+            start = time.perf_counter()
+            self._ahead = dict(zip(rows, scores.result(), strict=True))
+            self._waited = time.perf_counter() - start
 
     def _score_with_all_processes(self, rows: list[Row]) -> list[TokenScores]:
         """Score this process's rows, after those of all processes have been dealt out evenly among them."""
@@ -233,6 +291,9 @@ class TeacherScorer(TrainerCallback):
         torch.cuda.empty_cache()
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
+    def _is_known(self, ids):
+        return ~torch.isin(ids, self.unknown_ids.to(ids.device))
+
     def _group(self, rows):
         if not self.teacher.shares_prompts:
             return [[i] for i in range(len(rows))]
@@ -256,6 +317,11 @@ class TeacherScorer(TrainerCallback):
                 "rows. Choose a `teacher_model` that knows it. If it is the student that emits it, "
                 '`generation_kwargs={"suppress_tokens": [...]}` keeps it from doing so.'
             )
+
+
+def cut_end(completion: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A completion up to the last token of the mask: a causal model needn't run what comes behind."""
+    return completion[: mask.nonzero().max() + 1]
 
 
 def select(items: list, batches: list[list[int]]) -> list[list]:

@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ._trl import CLIPPED_LOSS_TYPES, GuidedGRPOTrainer, get_config_model_id
+from ._trl import CLIPPED_LOSS_TYPES, GuidedGRPOTrainer, get_config_model_id, patched
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
@@ -119,6 +119,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *grpo_args, **grpo_kwargs)
 
+        self.trims_padding = args.trim_padding
         if isinstance(self.train_dataset, Dataset) and "teacher_weight" in self.train_dataset.column_names:
             read_weights(self.train_dataset["teacher_weight"])  # refuses bad ones before training
         self.is_guided = args.needs_teacher
@@ -168,20 +169,25 @@ class RLADTrainer(GuidedGRPOTrainer):
             image_problem,
         )
 
+    def during_rewards(self, prompt_ids, completion_ids, tool_mask):
+        if self.teacher_scorer is None or not (self.trrd.alpha < 1.0 or self._has_kl):
+            return nullcontext()
+        masks = tool_mask or [[1] * len(ids) for ids in completion_ids]
+        return self.teacher_scorer.ahead(prompt_ids, completion_ids, masks)
+
     def extend_rollout(self, batch, rewards_per_func, rows):
         if not self.model.training:
             self._log_pass_at_k(rewards_per_func)
         if self.teacher_scorer is None:
             return batch
-        has_kl = bool(self._kl_coef or self.args.teacher_kl_coef_final)
-        if self.trrd.alpha == 1.0 and not has_kl:
+        if self.trrd.alpha == 1.0 and not self._has_kl:
             self.teacher_scorer.teacher.release()  # distillation is over, and the reward has the rest to itself
-            return batch
+            return {**batch, "teacher_mask": torch.zeros_like(batch["completion_mask"], dtype=torch.bool)}
         # Without advantage a token contributes nothing to the policy term, whatever the teacher says
         wanted = _two_dimensional(batch["advantages"]) != 0
         if self.trrd.alpha == 1.0:
             wanted = torch.zeros_like(wanted)
-        if has_kl:
+        if self._has_kl:
             batch = {**batch, "teacher_kl_rows": self._select_kl_rows(rewards_per_func)}
             wanted = wanted | batch["teacher_kl_rows"].unsqueeze(1) | self.is_distilling
         if any("teacher_weight" in row for row in rows):
@@ -220,6 +226,11 @@ class RLADTrainer(GuidedGRPOTrainer):
             return 1.0
         return self.args.teacher_kl_coef_at(self.state.global_step / max(self.state.max_steps, 1))
 
+    @property
+    def _has_kl(self) -> bool:
+        # Its coefficient may rise before the generation batch has been used up
+        return bool(self._kl_coef or self.args.teacher_kl_coef_final)
+
     def _kl_mask(self, batch):
         """Tokens whose divergence from the teacher enters the loss, bool of shape `(B, T)`."""
         mask = batch["teacher_mask"]
@@ -239,9 +250,12 @@ class RLADTrainer(GuidedGRPOTrainer):
         return head.listen(look_up)
 
     def get_penalty(self, per_token_logps, batch):
-        if self.teacher_scorer is not None:
-            self.log_value("teacher/kl_coef", self._kl_coef)
-        if "teacher_mask" not in batch or self._kl_coef == 0.0:
+        if self.teacher_scorer is None:
+            return None
+        if "teacher_mask" not in batch:
+            raise patched("its rollouts did not come by the teacher")
+        self.log_value("teacher/kl_coef", self._kl_coef)
+        if self._kl_coef == 0.0:
             return None
         mask, per_token_logps = self._kl_mask(batch), per_token_logps.float()
         if "named_log_ratios" in batch:
@@ -259,7 +273,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         if self.is_distilling:
             batch["advantages"] = torch.zeros_like(batch["advantages"])
             return None
-        if "teacher_mask" not in batch or self.trrd.alpha == 1.0:
+        if self.teacher_scorer is None or self.trrd.alpha == 1.0:
             return None
         teacher_mask = batch["teacher_mask"]
         # Under FSDP2 with bf16 the student's log-probabilities come out in bf16: TRRD compares in float32

@@ -1,0 +1,281 @@
+"""
+Work out what a training step costs on a fleet, TRL's way and ours: tokens, padding, imbalance, and seconds of each phase.
+
+    python benchmarks/fleet.py
+    python benchmarks/fleet.py --lengths benchmarks/results/mini_lengths.json
+    python benchmarks/fleet.py --check
+    torchrun --nproc-per-node 2 benchmarks/fleet.py --check
+
+Rows are drawn, dealt out and cut by the code that trains, and each forward pass costs what its tokens and pairs of tokens
+cost. TRL's way is that of its reference model, for the teacher too. `--check` compares the worked out seconds with steps
+that really run here, after the cost of a token, a pair and a pass has been measured on passes without padding.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trl_rlad.packing import cut, cut_shared, deal, group_rows, micro_batches
+
+
+@dataclass
+class Cost:
+    """Seconds of a pass, of each of its tokens, and of each pair of tokens in attention."""
+
+    run: float
+    token: float
+    pair: float
+
+    def seconds(self, passes) -> float:
+        return sum(self.run + self.token * tokens + self.pair * pairs for tokens, pairs in passes)
+
+
+@dataclass
+class Model:
+    """Parameters, layers, and width of the attention."""
+
+    parameters: float
+    layers: int
+    width: int
+
+    def cost(self, flops: float, passes: int, gather: float) -> Cost:
+        # One forward pass takes 2 FLOP a parameter and token, and 2 a pair, as a causal kernel leaves out half of them
+        work = passes / flops
+        return Cost(gather, 2 * self.parameters * work, 2 * self.layers * self.width * work)
+
+
+@dataclass
+class Fleet:
+    """Ranks with their rollouts, and devices with their useful FLOP/s and bytes/s."""
+
+    name: str
+    ranks: int
+    student: Model
+    teacher: Model
+    mean_length: int
+    longest: int
+    rollouts: int = 64
+    micro_batch: int = 4
+    budget: int = 16384
+    is_sharded: bool = False
+    flops: float = 4e14
+    bandwidth: float = 5e10
+
+
+QWEN3_600M = Model(0.6e9, 28, 2048)
+QWEN3_8B = Model(8.2e9, 36, 4096)
+QWEN3_32B = Model(32.8e9, 64, 8192)
+FLEETS = [
+    Fleet("one GPU", 1, QWEN3_600M, QWEN3_8B, 600, 2048),
+    Fleet("one node", 8, QWEN3_600M, QWEN3_8B, 600, 2048),
+    Fleet("twice the rollouts", 8, QWEN3_600M, QWEN3_8B, 600, 2048, rollouts=128),
+    Fleet("longer", 8, QWEN3_600M, QWEN3_8B, 4000, 32768, budget=32768),
+    Fleet("larger teacher, ZeRO-3", 8, QWEN3_600M, QWEN3_32B, 600, 2048, is_sharded=True),
+    Fleet("64 ranks", 64, QWEN3_8B, QWEN3_32B, 4000, 32768, budget=32768, is_sharded=True),
+    Fleet("1,024 ranks", 1024, QWEN3_8B, QWEN3_32B, 16000, 131072, budget=131072, is_sharded=True),
+]
+
+
+def draw_rows(fleet: Fleet, lengths: list | None, group: int = 8) -> list[list[tuple[int, int, int]]]:
+    """For each rank the prompt, by its number, and the lengths of prompt and completion of its rows."""
+    generator, ranks = random.Random(0), []
+    for rank in range(fleet.ranks):
+        rows = []
+        for row in range(fleet.rollouts):
+            if lengths:
+                prompt, completion = lengths[(rank * fleet.rollouts + row) % len(lengths)]
+            else:
+                prompt = generator.randint(128, 512) if row % group == 0 else prompt
+                completion = int(min(max(generator.expovariate(1 / fleet.mean_length), 8), fleet.longest))
+            rows.append((rank * fleet.rollouts + row // group, prompt, completion))
+        ranks.append(rows)
+    return ranks
+
+
+def dense(rows: int, width: int) -> tuple[int, int]:
+    """Tokens and pairs of a pass over rows of one width."""
+    return rows * width, rows * width**2
+
+
+def padded_passes(rows, micro_batch: int, is_trimmed: bool):
+    """The passes of a student, or of a reference model, over the rows of a rank."""
+    prompts, completions = [row[1] for row in rows], [row[2] for row in rows]
+    cuts = micro_batches(prompts, completions, micro_batch, window=len(rows))
+    if not is_trimmed:
+        return [dense(len(part), max(prompts) + max(completions)) for part in cuts]
+    return [dense(len(part), max(prompts[i] for i in part) + max(completions[i] for i in part)) for part in cuts]
+
+
+def teacher_passes(rows, budget: int, shares_prompts: bool):
+    """The passes of our teacher over the rows that a rank was dealt."""
+    passes = []
+    groups = group_rows(*zip(*rows, strict=True)) if shares_prompts else [[i] for i in range(len(rows))]
+    lengths = [sum(rows[group[0]][1:]) for group in groups if len(group) == 1]
+    passes += [dense(len(part), max(lengths[i] for i in part)) for part in cut(lengths, budget)]
+    for group in groups:
+        if len(group) > 1:
+            prompt, completions = rows[group[0]][1], [rows[i][2] for i in group]
+            for part in cut_shared(prompt, completions, budget):
+                longest = max(completions[i] for i in part)
+                passes.append(dense(1, prompt))
+                passes.append((len(part) * longest, len(part) * longest * (prompt + longest)))
+    return passes
+
+
+def deal_rows(ranks, shares_prompts: bool):
+    """The rows of all ranks, dealt out as `TeacherScorer` deals them."""
+    rows = sum(ranks, [])
+    groups = group_rows(*zip(*rows, strict=True)) if shares_prompts else [[i] for i in range(len(rows))]
+    hands = deal([sum(sum(rows[i][1:]) for i in group) for group in groups], [0] * len(ranks))
+    return [[rows[i] for group in hand for i in groups[group]] for hand in hands]
+
+
+def slowest(ranks_passes, cost: Cost, in_step: bool) -> float:
+    """Seconds until the last rank is done; `in_step`, all ranks wait for each other at each pass."""
+    if not in_step:
+        return max(cost.seconds(passes) for passes in ranks_passes)
+    rounds = max(map(len, ranks_passes))
+    return sum(max(cost.seconds(passes[i : i + 1]) for passes in ranks_passes) for i in range(rounds))
+
+
+def imbalance(ranks_passes) -> float:
+    """Tokens of the busiest rank over those of the mean."""
+    tokens = [sum(count for count, _ in passes) for passes in ranks_passes]
+    return max(tokens) / statistics.mean(tokens)
+
+
+def work_out(fleet: Fleet, ranks, student: Cost, teacher: Cost) -> dict[str, dict[str, float]]:
+    """Padding, imbalance and seconds of TRL's way and ours."""
+    shares_prompts = not fleet.is_sharded
+    real = sum(prompt + completion for rows in ranks for _, prompt, completion in rows)
+    dealt = deal_rows(ranks, shares_prompts) if fleet.ranks > 1 else ranks
+    passes = {
+        "TRL": [[padded_passes(rows, fleet.micro_batch, False) for rows in ranks]] * 2,
+        "ours": [
+            [padded_passes(rows, fleet.micro_batch, True) for rows in ranks],
+            [teacher_passes(rows, fleet.budget, shares_prompts) for rows in dealt],
+        ],
+    }
+    figures = {}
+    for way, (trained, scored) in passes.items():
+        seconds = [slowest(trained, student, fleet.is_sharded), slowest(scored, teacher, fleet.is_sharded)]
+        # Ours sends all rows to all ranks, 8 bytes a token, and 4 bytes for each score
+        seconds.append(12 * real / fleet.bandwidth if way == "ours" and fleet.ranks > 1 else 0.0)
+        figures[way] = {
+            "padding": 1 - real / sum(count for one in trained for count, _ in one),
+            "imbalance": imbalance(trained),
+            "teacher imbalance": imbalance(scored),
+            **dict(zip(("student", "teacher", "exchange"), seconds, strict=True)),
+            "step": sum(seconds),
+        }
+    return figures
+
+
+def fit_cost(seconds: dict[tuple[int, int], float]) -> Cost:
+    """What a pass, a token and a pair cost, from the seconds of passes without padding, given by rows and width."""
+    figures = torch.tensor([[1.0, *dense(*shape)] for shape in seconds], dtype=torch.float64)
+    measured = torch.tensor(list(seconds.values()), dtype=torch.float64)
+    # Relative errors are to be small, so each equation is divided by its right side
+    ones = torch.ones(len(seconds), 1, dtype=torch.float64)
+    return Cost(*torch.linalg.lstsq(figures / measured[:, None], ones).solution.flatten().tolist())
+
+
+def check():
+    """
+    Steps of TRL's GRPO and of ours with a teacher of four times the size, run and worked out: the seconds for which the
+    busiest rank has its core.
+    """
+    import step_overhead as steps
+    from teacher_scoring import time_ways
+    from transformers import Qwen3ForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        student, teacher = (steps.save(Path(folder, size), *steps.SIZES[size]) for size in ("1x", "4x"))
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        rollouts = [steps.make_rollouts("exponential", seed=rank) for rank in range(ranks)]
+        mine = rollouts[int(os.environ.get("RANK", 0))]
+        ways = {
+            "TRL": steps.make_step(student, None, False, 8, mine, folder),
+            "ours": steps.make_step(student, teacher, True, 8, mine, folder),
+            "one token": steps.make_step(student, None, False, 8, ([[5]] * 64, [[5]] * 64), folder),
+        }
+        trained = Qwen3ForCausalLM.from_pretrained(student)
+        add_fused_lm_head(trained, outputs=("log_probs", "entropy"))
+        scored = Qwen3ForCausalLM.from_pretrained(teacher).eval()
+        add_fused_lm_head(scored)
+
+        def draw(rows, width):
+            ids = torch.randint(4, 32, (rows, width))
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "fused_lm_head": True}
+
+        def train(rows, width):
+            trained(**draw(rows, width)).loss.backward()
+
+        @torch.no_grad()
+        def score(rows, width):
+            scored(**draw(rows, width))
+
+        shapes = [(8, 50), (8, 120), (8, 250), (8, 500), (4, 100), (2, 300)]
+        ways |= {("train", *shape): partial(train, *shape) for shape in shapes}
+        ways |= {("score", *shape): partial(score, *shape) for shape in shapes}
+        seconds = time_ways(ways, 7, torch.device("cpu"))
+        costs = [fit_cost({shape: seconds[kind, *shape] for shape in shapes}) for kind in ("train", "score")]
+        # Rewards, metrics and their exchange, which a step has beside its passes
+        beside = seconds["one token"] - costs[0].seconds([dense(8, 2)] * 8)
+        lengths = [(len(p), len(c)) for each in rollouts for p, c in zip(*each, strict=True)]
+        fleet = Fleet("here", ranks, None, None, 0, 0, micro_batch=8, budget=1024)
+        figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
+    expected = {"TRL": figures["TRL"]["student"] + beside, "ours": figures["ours"]["step"] + beside}
+    pairs = {way: (seconds[way], expected[way]) for way in expected}
+    everyone = [pairs] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everyone, pairs)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"| {ranks} process(es) | measured, s | worked out, s | off by |\n|---|---|---|---|")
+        for way in pairs:
+            seconds, expected = (max(column) for column in zip(*(each[way] for each in everyone), strict=True))
+            print(f"| {way} | {seconds:.2f} | {expected:.2f} | {expected / seconds - 1:+.0%} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", help="JSON file with pairs of a prompt's and a completion's length, to draw from")
+    parser.add_argument("--flops", type=float, help="useful FLOP/s of a device")
+    parser.add_argument("--bandwidth", type=float, help="bytes/s between devices")
+    parser.add_argument("--check", action="store_true", help="compare with steps that run here")
+    options = parser.parse_args()
+    if options.check:
+        return check()
+    lengths = json.loads(Path(options.lengths).read_text()) if options.lengths else None
+    print(
+        "| fleet | ranks | mean and longest | padding | imbalance | student, s | teacher, s | exchange, s | step, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for fleet in FLEETS:
+        given = {name: getattr(options, name) for name in ("flops", "bandwidth") if getattr(options, name)}
+        fleet = replace(fleet, **given)
+        gathers = [
+            2 * model.parameters / fleet.bandwidth * fleet.is_sharded for model in (fleet.student, fleet.teacher)
+        ]
+        costs = fleet.student.cost(fleet.flops, 3, 2 * gathers[0]), fleet.teacher.cost(fleet.flops, 1, gathers[1])
+        figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
+        cells = [fleet.name, f"{fleet.ranks:,}", f"{fleet.mean_length:,}, {fleet.longest:,}"]
+        for name in ("padding", "imbalance", "student", "teacher", "exchange", "step"):
+            form = {"padding": ".0%", "imbalance": ".2f"}.get(name, ".3g")
+            cells.append(" / ".join(f"{figures[way][name]:{form}}" for way in ("TRL", "ours")))
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

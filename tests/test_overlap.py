@@ -1,0 +1,114 @@
+"""The teacher scores while asynchronous reward functions run."""
+
+import asyncio
+import threading
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from test_distributed import assert_losses, launch
+from test_teacher_scorer import CountingTeacher, make_batch
+
+from trl_rlad import RLADTrainer, TeacherScorer
+
+
+def train(reward, student, teacher, output_dir, **kwargs):
+    config = tiny.make_config(output_dir, **{"num_iterations": 2, "learning_rate": 1e-3, **kwargs})
+    trainer = RLADTrainer(student, reward, config, tiny.make_dataset(), teacher_model=teacher)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    return dict(trainer.model.named_parameters())
+
+
+def test_the_same_steps(tmp_path, student_path, teacher_path):
+    paths = (student_path, teacher_path, tmp_path)
+    apart, first, second = (
+        weights(train(reward, *paths)) for reward in (tiny.reward, tiny.async_reward, tiny.async_reward)
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name])  # whoever is faster
+        torch.testing.assert_close(value, apart[name], rtol=0, atol=1e-5)
+
+
+def test_the_teacher_is_done_before_the_reward(tmp_path, student_path, teacher_path):
+    # Were the one to wait for the other, this would never end
+    scored = threading.Event()
+
+    async def reward_after_the_teacher(completion_ids, **kwargs):
+        assert await asyncio.to_thread(scored.wait, timeout=60)
+        return tiny.reward(completion_ids)
+
+    config = tiny.make_config(tmp_path, max_steps=1)
+    trainer = RLADTrainer(
+        student_path, reward_after_the_teacher, config, tiny.make_dataset(), teacher_model=teacher_path
+    )
+    teacher = trainer.teacher_scorer.teacher
+    score, calls = teacher.score, []
+
+    def signalled(*args):
+        calls.append(threading.current_thread() is threading.main_thread())
+        scores = score(*args)
+        scored.set()
+        return scores
+
+    teacher.score = signalled
+    trainer.train()
+    assert calls == [False], "all rows were scored once, and ahead"
+    assert trainer.state.log_history[0]["teacher/scoring_time"] < 1
+
+
+@pytest.mark.parametrize("culprit", ["teacher", "reward"])
+def test_errors_come_out_as_they_are(culprit, tmp_path, student_path, teacher_path):
+    def fail(*args):
+        raise RuntimeError("the teacher has failed")
+
+    async def reward(completion_ids, **kwargs):
+        if culprit == "reward":
+            raise RuntimeError("the reward has failed")
+        return tiny.reward(completion_ids)
+
+    config = tiny.make_config(tmp_path, max_steps=1)
+    trainer = RLADTrainer(student_path, reward, config, tiny.make_dataset(), teacher_model=teacher_path)
+    if culprit == "teacher":
+        trainer.teacher_scorer.teacher.score = fail
+    with pytest.raises(RuntimeError, match=f"^the {culprit} has failed$"):
+        trainer.train()
+
+
+def score_ahead(teacher, batch, mask):
+    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 30)
+    lists = [
+        [ids[keep].tolist() for ids, keep in zip(batch[f"{part}_ids"], batch[f"{part}_mask"].bool(), strict=True)]
+        for part in ("prompt", "completion")
+    ]
+    with scorer.ahead(*lists, [[1] * len(ids) for ids in lists[1]]):
+        pass
+    ahead = teacher.rows
+    return ahead, scorer.score(batch, mask)
+
+
+def test_what_was_scored_ahead_is_not_scored_again():
+    batch, teacher = make_batch(), CountingTeacher()
+    wanted = batch["completion_mask"] * (torch.arange(7) % 2)[:, None]
+    ahead, scores = score_ahead(teacher, batch, wanted)
+    assert ahead == teacher.rows == 7  # whether a row has an advantage wasn't known
+    assert torch.equal(scores["teacher_per_token_logps"], -wanted.float())
+
+
+def test_a_sharded_teacher_waits():
+    batch, teacher = make_batch(), CountingTeacher()
+    teacher.is_sharded = True
+    ahead, scores = score_ahead(teacher, batch, batch["completion_mask"])
+    assert ahead == 0 and teacher.rows == 7
+    assert torch.equal(scores["teacher_per_token_logps"], -batch["completion_mask"].float())
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, student_path, teacher_path):
+    paths = {"student": student_path, "teacher": teacher_path}
+    apart, ahead = (launch(tmp_path / name, "ddp", **paths, reward=name) for name in ("reward", "async_reward"))
+    assert_losses(ahead, apart)
