@@ -7,7 +7,6 @@ A run takes two minutes on two CPU cores; those that are in the output folder al
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -31,7 +30,7 @@ SEEDS = (0, 1, 2)
 
 
 def run(flags, seed, output_dir):
-    """Accuracy before and after by the number of people, and the reward over the steps."""
+    """Accuracy before and after, by the number of people."""
     printed = output_dir / "printed.txt"
     if not printed.exists():
         command = [sys.executable, "-m", "accelerate.commands.launch", "examples/rlad_grpo.py", *flags.split()]
@@ -39,9 +38,7 @@ def run(flags, seed, output_dir):
         stdout = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
         printed.write_text(stdout)
     rows = re.findall(r"^ +(\d) +mean@1 +([\d.]+)% -> +([\d.]+)%$", printed.read_text(), re.MULTILINE)
-    log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    rewards = [(entry["step"], entry["reward"]) for entry in log if "reward" in entry]
-    return [[float(row[column]) for row in rows] for column in (1, 2)], rewards
+    return [[float(row[column]) for row in rows] for column in (1, 2)]
 
 
 def describe(runs):
@@ -69,29 +66,31 @@ def main():
         "",
         "| | flags | 2 people | 3 people | 4 people | mean |",
         "|---|---|---|---|---|---|",
-        f"| before | | {describe([scores[0] for scores, _ in results['GRPO']])} |",
+        f"| before | | {describe([scores[0] for scores in results['GRPO']])} |",
     ]
     for method, runs in results.items():
         flags = f"`{METHODS[method]}`" if METHODS[method] else ""
-        lines.append(f"| {method} | {flags} | {describe([scores[1] for scores, _ in runs])} |")
+        lines.append(f"| {method} | {flags} | {describe([scores[1] for scores in runs])} |")
     lines += ["", "Single runs, 2 / 3 / 4 people:", "", "| | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |"]
     lines.append("|---|" + "---|" * len(SEEDS))
     for method, runs in results.items():
-        lines.append(f"| {method} | " + " | ".join(" / ".join(map(str, scores[1])) for scores, _ in runs) + " |")
+        lines.append(f"| {method} | " + " | ".join(" / ".join(map(str, scores[1])) for scores in runs) + " |")
     (args.results / "mini.md").write_text("\n".join(lines) + "\n")
 
     plt.figure(figsize=(7, 4), layout="constrained")
-    for method, runs in results.items():
-        steps = [step for step, _ in runs[0][1]]
-        rewards = list(zip(*([reward for _, reward in curve] for _, curve in runs), strict=True))
-        means, widths = [mean(values) for values in rewards], [interval(values) for values in rewards]
-        (line,) = plt.plot(steps, means, label=method)
-        low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
-        plt.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    plt.xlabel("step")
-    plt.ylabel("share of rollouts that are right")
-    plt.legend(frameon=False)
-    plt.grid(alpha=0.3)
+    bars = {"before": [scores[0] for scores in results["GRPO"]]}
+    bars |= {method: [scores[1] for scores in runs] for method, runs in results.items()}
+    for index, (method, runs) in enumerate(bars.items()):
+        color = "lightgray" if method == "before" else f"C{index - 1}"
+        places = [people + 0.2 * (index - 1.5) for people in (2, 3, 4)]
+        plt.bar(places, [mean(column) for column in zip(*runs, strict=True)], 0.18, label=method, color=color)
+        for accuracies in runs:
+            plt.plot(places, accuracies, ".", color="black", markersize=4)
+    plt.xticks((2, 3, 4), [f"{people} people" for people in (2, 3, 4)])
+    plt.ylabel("accuracy on held-out puzzles, %")
+    plt.ylim(0, 130)
+    plt.yticks(range(0, 101, 20))
+    plt.legend(frameon=False, loc="upper center", ncols=2)
     plt.savefig(args.results / "mini.png", dpi=150)
     print(f"Wrote {args.results / 'mini.md'} and mini.png")
 

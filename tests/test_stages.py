@@ -78,7 +78,8 @@ def test_the_second_stage_is_grpo_bit_for_bit(tmp_path, student_path, teacher_pa
     # A distillation of which no row is believed leaves the student as it was
     dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32)
     kwargs = {"max_steps": 4, "learning_rate": 1e-3}
-    trainer = train(student_path, teacher_path, tmp_path, dataset, alpha=1.0, distillation_ratio=0.25, **kwargs)
+    settings = {"alpha": 1.0, "distillation_ratio": 0.25, "trim_padding": False}
+    trainer = train(student_path, teacher_path, tmp_path, dataset, **settings, **kwargs)
     assert logged(trainer, "grad_norm")[0] == 0.0
     grpo = GRPOTrainer(
         student_path, tiny.reward, tiny.make_config(tmp_path, GRPOConfig, **kwargs), tiny.make_dataset()
