@@ -1,9 +1,9 @@
 """
 GRPO, KDRL, on-policy and offline distillation, RLAD and its relatives, side by side in miniature.
 
-    python benchmarks/comparison.py                        # with the mistaken student: two hours on two CPU cores
+    python benchmarks/comparison.py                        # with the mistaken student: an hour on two CPU cores
     python benchmarks/comparison.py --student hasty        # and `sheltered`: as long each
-    python benchmarks/comparison.py --quick                # two of its seeds and six of its methods: ten minutes
+    python benchmarks/comparison.py --quick                # two seeds, one learning rate and seven methods
 
 The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The *mistaken* student is that of the example too: it
 misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it
