@@ -27,9 +27,7 @@ import tiny  # noqa: E402
 VOCABULARY, ROLLOUTS, PROMPT, COMPLETION = 151_936, 16, 40, 64
 WAYS = {
     "k2": {},
-    "forward, k = 1": {"teacher_kl_estimator": "forward", "teacher_top_k": 1},
     "forward, k = 8": {"teacher_kl_estimator": "forward", "teacher_top_k": 8},
-    "forward, k = 32": {"teacher_kl_estimator": "forward", "teacher_top_k": 32},
 }
 
 
@@ -37,11 +35,11 @@ def save(path, layers):
     tokenizer = tiny.make_tokenizer()
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
+        hidden_size=256,
+        intermediate_size=768,
         num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=64,
         tie_word_embeddings=True,
         bos_token_id=None,
