@@ -11,8 +11,8 @@ is seldom right; the *sheltered* one is small and has hardly seen two of the ope
 one operator: for the mistaken student `&`, which that student knows, for the others `|`.
 
 Every method has the same number of steps and of rollouts (or of kept samples of the teacher, or of both, half and half). The
-learning rate of each method is chosen among the same three, by one run each with the strong teacher; the figures come from
-other seeds. Each run adds one line to `runs.jsonl` in the output folder, from which the study goes on if it is interrupted.
+learning rate of each method is chosen among the same three, by one (shorter, for the mistaken student) run each with the
+strong teacher; the figures come from other seeds. Each run adds one line to `runs.jsonl` in the output folder, from which the study goes on if it is interrupted.
 Two runs go side by side, on one thread each.
 """
 
@@ -89,40 +89,55 @@ SHARED_RATE = {  # run at the rate of another method, with which they are to be 
     "RLAD + named, shuffled teacher": "RLAD + named",
     "random gate": "RLAD",
     "credit, normalized": "credit",
+    "RLAD + named, trusted": "RLAD + named",
 }
 FEW = ("GRPO", "RLAD", "KDRL", "on-policy distillation", "offline distillation")
 # Rollouts in a step come in groups of 8, or are as many kept samples of the teacher
 STUDENTS = {
     "mistaken": {
         "seeds": (1, 2, 3, 4, 5),
-        "steps": 40,
-        "eval_steps": 20,
-        "rollouts": 64,
+        "steps": 60,
+        "eval_steps": 15,
+        "rollouts": 128,
+        "sweep": {"steps": 40, "eval_steps": 20, "rollouts": 64},
         "methods": (
             *FEW,
-            "KDRL, bounded",
-            "on-policy distillation, bounded",
-            "on-policy distillation, forward",
             "RLAD + named",
             "RLAD + named, trusted",
+            "on-policy distillation, forward",
+            "on-policy distillation, bounded",
+            "KDRL, bounded",
+            "distil, then GRPO",
+            "distil, then RLAD",
+            "offline, then RLAD + named",
+            "GRPO + named",
+            "RLAD + named, shuffled teacher",
+            "random gate",
         ),
-        "flawed": (),
+        "flawed": ("GRPO", "RLAD", "offline distillation", "RLAD + named", "RLAD + named, trusted"),
     },
     "hasty": {
         "seeds": (1, 2, 3, 4, 5, 6, 7, 8),
         "steps": 40,
         "eval_steps": 8,
         "rollouts": 128,
-        "methods": (*FEW, "credit"),
-        "flawed": ("GRPO", "RLAD", "offline distillation", "credit"),
+        "methods": (*FEW, "credit", "credit, normalized", "RLAD + named", "RLAD + named, trusted"),
+        "flawed": ("GRPO", "RLAD", "offline distillation", "credit", "RLAD + named", "RLAD + named, trusted"),
     },
     "sheltered": {
         "seeds": (1, 2, 3, 4, 5),
         "steps": 80,
         "eval_steps": 16,
         "rollouts": 128,
-        "methods": (*FEW, "credit"),
-        "flawed": ("GRPO", "RLAD", "on-policy distillation", "offline distillation"),
+        "methods": (*FEW, "credit", "RLAD + named", "RLAD + named, trusted"),
+        "flawed": (
+            "GRPO",
+            "RLAD",
+            "on-policy distillation",
+            "offline distillation",
+            "RLAD + named",
+            "RLAD + named, trusted",
+        ),
     },
 }
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
@@ -220,7 +235,7 @@ def list_teachers(plan):
 
 def samples_path(job, output_dir):
     flaw = f"_{job['student']}" * (job["student"] == "mistaken" and job["teacher"] == "flawed")
-    return output_dir / f"{job['teacher']}{flaw}_samples_{job['steps']}"
+    return output_dir / f"{job['teacher']}{flaw}_samples_{job['steps'] * job['rollouts']}"
 
 
 def prepare(plan, output_dir):
@@ -287,6 +302,11 @@ def run_missing(jobs, plan, output_dir):
             file.write(json.dumps(result) + "\n")
             file.flush()
             results.append(result)
+    return select(results, plan)
+
+
+def select(results, plan):
+    """The runs that are a plan's own."""
     return [r for r in results if all(r[name] == plan[name] for name in ("student", "steps"))]
 
 
@@ -303,13 +323,21 @@ def final(result):
 
 
 def study(plan, output_dir):
-    """Run everything. Returns the results, and the learning rate of each method."""
-    swept = [(method, rate) for method in plan["methods"] if method not in SHARED_RATE for rate in plan["rates"]]
-    jobs = make_jobs(swept, "strong", [0] * (len(plan["rates"]) > 1))
-    rates = choose_rates(run_missing(jobs, plan, output_dir), plan)
+    """Run everything. Returns the results, the runs with which the rates were chosen, and the rate of each method."""
+    pairs = [(method, rate) for method in plan["methods"] if method not in SHARED_RATE for rate in plan["rates"]]
+    jobs = make_jobs(pairs, "strong", [0] * (len(plan["rates"]) > 1))
+    prepare(shorten(plan), output_dir)
+    swept = run_missing(jobs, shorten(plan), output_dir)
+    rates = choose_rates(swept, plan)
+    prepare(plan, output_dir)
     flawed = {method: rate for method, rate in rates.items() if method in plan["flawed"]}
     jobs = make_jobs(rates.items(), "strong", plan["seeds"]) + make_jobs(flawed.items(), "flawed", plan["seeds"])
-    return run_missing(jobs, plan, output_dir), rates
+    return run_missing(jobs, plan, output_dir), swept, rates
+
+
+def shorten(plan):
+    """The plan of the runs that choose the learning rates: the same, unless it names a shorter one."""
+    return plan | plan.get("sweep", {})
 
 
 def make_jobs(pairs, teacher, seeds):
@@ -415,7 +443,7 @@ def plot(results, rates, plan, path):
     figure.savefig(path, dpi=150)
 
 
-def report(results, rates, plan, path, command):
+def report(results, swept, rates, plan, path, command):
     """Write the tables to `path` and the curves beside it."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlad"))
     seeds = ", ".join(map(str, plan["seeds"]))
@@ -432,8 +460,10 @@ def report(results, rates, plan, path, command):
         for teacher in list_teachers(plan)
     ]
     if len(plan["rates"]) > 1:
+        sweep = shorten(plan)
         parts.append(
-            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher.\n\n{tabulate_sweep(results, plan, rates)}"
+            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher, after {sweep['steps']} steps of "
+            f"{sweep['rollouts']} rollouts.\n\n{tabulate_sweep(swept, plan, rates)}"
         )
     path.write_text("\n\n".join(parts) + "\n")
     plot(results, rates, plan, path.with_suffix(".png"))
@@ -461,11 +491,10 @@ def main():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train
-    prepare(plan, args.output_dir)
-    results, rates = study(plan, args.output_dir)
+    results, swept, rates = study(plan, args.output_dir)
     command = f"python benchmarks/comparison.py --student {args.student}" + " --quick" * args.quick
     name = f"comparison_{args.student}" + "_quick" * args.quick
-    report(results, rates, plan, args.output_dir / f"{name}.md", command)
+    report(results, swept, rates, plan, args.output_dir / f"{name}.md", command)
 
 
 if __name__ == "__main__":

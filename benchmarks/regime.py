@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
-from comparison import STUDENTS, choose_rates, final, interval, make_plan, pick, read_results
+from comparison import STUDENTS, choose_rates, final, interval, make_plan, pick, read_results, select, shorten
 
 
 # On-policy distillation - GRPO and TRRD - GRPO, in points of accuracy
@@ -60,8 +60,8 @@ def main():
     every_result = read_results(args.runs)
     for student in STUDENTS:
         plan = make_plan(student)
-        results = [run for run in every_result if (run["student"], run["steps"]) == (student, plan["steps"])]
-        rates = choose_rates(results, plan)
+        results = select(every_result, plan)
+        rates = choose_rates(select(every_result, shorten(plan)), plan)
         for teacher in ("strong", "flawed")[: 1 + ("on-policy distillation" in plan["flawed"])]:
             x, x_width = gains(results, plan, rates, "on-policy distillation", teacher)
             place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
