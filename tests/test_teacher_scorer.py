@@ -234,23 +234,23 @@ def assert_names(scores, path, batch, k, temperature=1.0, shared=40):
 @pytest.mark.parametrize(("k", "tokens_per_batch"), [(1, 1), (4, 30), (40, 1000), (99, 1000)])
 def test_the_teacher_names_its_likeliest_tokens(k, tokens_per_batch, temperature, tmp_path, teacher_path):
     batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path, temperature)
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), tokens_per_batch, top_k=k, shared_ids=range(40))
-    assert_names(scorer.score(batch, batch["completion_mask"]), teacher_path, batch, min(k, 40), temperature)
+    scorer = TeacherScorer(teacher, Accelerator(cpu=True), tokens_per_batch, shared_ids=range(40))
+    assert_names(scorer.score(batch, batch["completion_mask"], k), teacher_path, batch, min(k, 40), temperature)
 
 
 def test_names_on_a_shared_prompt(tmp_path, teacher_path):
     batch = make_batch(rows=4, prompt=30, completion=3) | {"prompt_mask": torch.ones(4, 30, dtype=torch.long)}
     batch["prompt_ids"] = batch["prompt_ids"][:1].expand(4, -1)
     teacher = make_teacher(teacher_path, tmp_path)
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000, top_k=3, shared_ids=range(40))
-    assert_names(scorer.score(batch, batch["completion_mask"]), teacher_path, batch, 3)
+    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000, shared_ids=range(40))
+    assert_names(scorer.score(batch, batch["completion_mask"], 3), teacher_path, batch, 3)
 
 
 def test_a_token_the_student_does_not_share_is_not_named(tmp_path, teacher_path):
     batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path)
-    everything = TeacherScorer(teacher, Accelerator(cpu=True), 1000, top_k=5, shared_ids=range(40))
-    shared = TeacherScorer(teacher, Accelerator(cpu=True), 1000, top_k=5, shared_ids=range(4, 20))
-    everything, shared = (scorer.score(batch, batch["completion_mask"]) for scorer in (everything, shared))
+    everything = TeacherScorer(teacher, Accelerator(cpu=True), 1000, shared_ids=range(40))
+    shared = TeacherScorer(teacher, Accelerator(cpu=True), 1000, shared_ids=range(4, 20))
+    everything, shared = (scorer.score(batch, batch["completion_mask"], 5) for scorer in (everything, shared))
     known = (everything["teacher_top_ids"] >= 4) & (everything["teacher_top_ids"] < 20)
     assert 0 < known.sum() < known.numel()
     assert torch.equal(shared["teacher_top_ids"], everything["teacher_top_ids"].where(known, 0))

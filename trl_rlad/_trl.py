@@ -10,6 +10,7 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
 - `GRPOTrainer._prepare_inputs`, which shuffles a generation batch and cuts it into the micro-batches of
   `_buffered_inputs`, of which it returns number `_step % steps_per_generation`; and the calls of
   `_get_per_token_logps_and_entropies` with a `batch_size`, for the log-probabilities of the old policy and the reference.
+- `Trainer._get_grad_norm`, which is called before the optimizer's step.
 - `GRPOTrainer._entropy_bonus_enabled`, `aux_loss_enabled`, `top_entropy_quantile` and `pad_to_multiple_of`.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
@@ -20,9 +21,10 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from math import gcd
+from math import gcd, isfinite
 
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
@@ -253,11 +255,33 @@ class GuidedGRPOTrainer(GRPOTrainer):
             if batch.unread or isinstance(self.beta, _Beta) and not self.beta.is_used:
                 raise patched("the loss did not read what the teacher had put into it")
             if self.beta is not beta and beta == 0.0:  # TRL has logged a KL, of 0, to a reference that isn't there
-                self._metrics["train" if self.model.training else "eval"].pop("kl")
+                metrics = self._metrics["train" if self.model.training else "eval"]
+                metrics["kl"].pop()
+                if not metrics["kl"]:  # none that a reward function has logged by this name
+                    del metrics["kl"]
+            if self.model.training and not loss.isfinite():
+                raise self._not_finite("loss", inputs["advantages"])
             return loss
         finally:
             self._loss_batch = None
             self.beta, self.args.use_bias_correction_kl = beta, use_bias_correction_kl
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # With float16 the scaler skips a step like this; DeepSpeed has made its update
+        if self.args.fp16 or self.accelerator.distributed_type == DistributedType.DEEPSPEED or isfinite(norm):
+            return norm
+        raise self._not_finite("gradient")
+
+    def _not_finite(self, what, advantages=None):
+        """The error of a step that would leave no student."""
+        causes = "too high a `learning_rate`, or a teacher far from the student without a `teacher_log_ratio_clip`"
+        if advantages is not None and not advantages.isfinite().all():
+            causes = "a reward function that returned inf or NaN, as the advantages aren't finite"
+        return FloatingPointError(
+            f"The {what} of step {self.state.global_step + 1} isn't finite. Training stops before the update, with the student "
+            f"as it was. The cause may be {causes}."
+        )
 
     def _score_trimmed(self, model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs):
         """The log-probabilities of a generation batch, from as many forward passes as TRL's."""

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from math import gcd, isfinite
 from typing import Any
 
 from trl import GRPOConfig
@@ -9,6 +10,9 @@ from trl import GRPOConfig
 
 # Schedules that keep the learning rate to the end
 _CONSTANT_RATES = ("constant", "constant_with_warmup")
+
+# Longest time limit in seconds, eleven days: the clocks behind it overflow
+_LONGEST_TIMEOUT = 1e6
 
 # Settings that must be numbers, and whether they may be left out
 _NUMBERS = {
@@ -73,6 +77,7 @@ class RLADConfig(GRPOConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `teacher_model`
             argument of the [`RLADTrainer`] is provided as a string. `dtype` defaults to `"auto"`, the dtype of the
             checkpoint; with `bf16=True` or `fp16=True` the teacher computes under the same autocast as the student.
+            `trust_remote_code` here is the teacher's alone; that of [`~trl.GRPOConfig`] is the student's.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher model and its tokenizer (a branch, tag or commit).
         teacher_zero_stage (`int`, *optional*):
@@ -227,6 +232,9 @@ class RLADConfig(GRPOConfig):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number and not (is_optional and value is None):
                 raise TypeError(f"`{name}` must be a number, but is {value!r}.")
+        for name in ("teacher_credit", "trim_padding"):
+            if not isinstance(getattr(self, name), bool):  # any text would count as true
+                raise TypeError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"`alpha` must be in [0, 1] (1: GRPO, 0: the teacher alone), but is {self.alpha}.")
         if self.teacher_credit and self.alpha == 1.0:
@@ -261,21 +269,15 @@ class RLADConfig(GRPOConfig):
             )
         if self.teacher_kl_rows not in ("all", "failed"):
             raise ValueError(f"`teacher_kl_rows` must be 'all' or 'failed', but is {self.teacher_kl_rows!r}.")
+        if not isfinite(self.success_reward):
+            raise ValueError(f"`success_reward` must be finite, but is {self.success_reward}.")
+        self._warn_of_no_effect()
         if self.teacher_log_ratio_clip is not None and not self.teacher_log_ratio_clip > 0.0:
             raise ValueError(
                 f"`teacher_log_ratio_clip` must be positive, but is {self.teacher_log_ratio_clip}. Set `alpha=1.0` to "
                 "train without the teacher, or `teacher_log_ratio_clip=None` for no bound."
             )
-        if self.teacher_model_init_kwargs is not None and not isinstance(self.teacher_model_init_kwargs, dict):
-            raise TypeError(
-                "`teacher_model_init_kwargs` must be a dictionary (on the command line, JSON such as "
-                f'\'{{"dtype": "bfloat16"}}\'), but is {self.teacher_model_init_kwargs!r}.'
-            )
-        if (self.teacher_model_init_kwargs or {}).get("device_map") is not None:
-            raise ValueError(
-                "`device_map` in `teacher_model_init_kwargs` can't be honoured: each process places its own teacher. To "
-                "spread it over several GPUs, launch with DeepSpeed and set `teacher_zero_stage=3`."
-            )
+        self._check_init_kwargs()
         if self.teacher_zero_stage not in (None, 0, 3) or isinstance(self.teacher_zero_stage, bool):
             raise ValueError(
                 "`teacher_zero_stage` must be the number 0 (whole on each process) or 3 (sharded), but is "
@@ -283,23 +285,71 @@ class RLADConfig(GRPOConfig):
             )
         if self.teacher_offload not in ("none", "cpu"):
             raise ValueError(f"`teacher_offload` must be 'none' or 'cpu', but is {self.teacher_offload!r}.")
-        if not 0.0 < self.teacher_timeout < float("inf"):
-            raise ValueError(f"`teacher_timeout` must be positive and finite, but is {self.teacher_timeout}.")
+        if not 0.0 < self.teacher_timeout <= _LONGEST_TIMEOUT:
+            raise ValueError(
+                f"`teacher_timeout` must be a positive number of seconds, at most {_LONGEST_TIMEOUT:.0f}, but is "
+                f"{self.teacher_timeout}."
+            )
         if self.teacher_tokens_per_batch is None:
             self.teacher_tokens_per_batch = 1024 if self.device.type == "cpu" else 16384
-        if self.teacher_tokens_per_batch < 1:
-            raise ValueError(f"`teacher_tokens_per_batch` must be positive, but is {self.teacher_tokens_per_batch}.")
+        if not isinstance(self.teacher_tokens_per_batch, int) or self.teacher_tokens_per_batch < 1:
+            raise ValueError(
+                f"`teacher_tokens_per_batch` must be a whole number of at least 1, but is {self.teacher_tokens_per_batch!r}."
+            )
+        steps_of_rollouts = self.steps_per_generation * self.num_iterations
+        if (
+            self.save_strategy == "steps"
+            and self.save_steps >= 1
+            and self.save_steps * self.gradient_accumulation_steps % steps_of_rollouts
+        ):
+            warnings.warn(
+                f"Checkpoints after every {self.save_steps:g} steps (`save_steps`) fall into the use of a generation batch, "
+                "which they don't hold: a resumed run draws new rollouts, and isn't the same. Choose a multiple of "
+                f"{steps_of_rollouts / gcd(steps_of_rollouts, self.gradient_accumulation_steps):g}.",
+                stacklevel=2,
+            )
+
+    def _warn_of_no_effect(self):
+        if not self.has_teacher_kl:
+            defaults = type(self).__dataclass_fields__
+            names = ("teacher_kl_estimator", "teacher_kl_rows", "teacher_top_k")
+            if idle := [name for name in names if getattr(self, name) != defaults[name].default]:
+                warnings.warn(
+                    f"`{'`, `'.join(idle)}` has no effect without a divergence from the teacher: set `teacher_kl_coef`.",
+                    stacklevel=3,
+                )
+
+    def _check_init_kwargs(self):
+        kwargs = self.teacher_model_init_kwargs
+        if kwargs is None:
+            return
+        if not isinstance(kwargs, dict):
+            raise TypeError(
+                "`teacher_model_init_kwargs` must be a dictionary (on the command line, JSON such as "
+                f'\'{{"dtype": "bfloat16"}}\'), but is {kwargs!r}.'
+            )
+        if kwargs.get("device_map") is not None:
+            raise ValueError(
+                "`device_map` in `teacher_model_init_kwargs` can't be honoured: each process places its own teacher. To "
+                "spread it over several GPUs, launch with DeepSpeed and set `teacher_zero_stage=3`."
+            )
+        if kwargs.keys() & {"token", "use_auth_token"}:
+            raise ValueError(
+                "A token in `teacher_model_init_kwargs` would be saved with the settings of the run. Log in with `hf auth "
+                "login`, or set the environment variable `HF_TOKEN`."
+            )
+        if "torch_dtype" in kwargs:
+            raise ValueError("`torch_dtype` in `teacher_model_init_kwargs` is now called `dtype`.")
+        if "revision" in kwargs and self.teacher_model_revision is not None:
+            raise ValueError(
+                "The teacher has two revisions: name it in `teacher_model_revision` alone, which holds for its tokenizer too."
+            )
 
     def teacher_kl_coef_at(self, progress: float) -> float:
         """Value of `teacher_kl_coef` when the share `progress` of training is done."""
         if self.teacher_kl_coef_final is None:
             return self.teacher_kl_coef
         return (1.0 - progress) * self.teacher_kl_coef + progress * self.teacher_kl_coef_final  # exact at both ends
-
-    @property
-    def names_tokens(self) -> bool:
-        """Whether the teacher is to name its likeliest tokens."""
-        return self.teacher_kl_estimator == "forward" and self.has_teacher_kl
 
     @property
     def has_teacher_kl(self) -> bool:

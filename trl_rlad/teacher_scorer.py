@@ -61,8 +61,6 @@ class TeacherScorer(TrainerCallback):
             Token ids on which the teacher has no say, see [`~trl_rlad.token_contract.find_unknown_ids`].
         timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have scored a rollout batch.
-        top_k (`int`, *optional*, defaults to `0`):
-            Number of the teacher's likeliest tokens to return beside each.
         shared_ids (`Collection[int]`, *optional*):
             Token ids that the teacher may name, see [`~trl_rlad.token_contract.find_shared_ids`].
         image_problem (`str`, *optional*):
@@ -80,7 +78,6 @@ class TeacherScorer(TrainerCallback):
         tokens_per_batch: int,
         unknown_ids: Collection[int] = (),
         timeout: float = 1800.0,
-        top_k: int = 0,
         shared_ids: Collection[int] = (),
         image_problem: str | None = None,
     ):
@@ -88,7 +85,7 @@ class TeacherScorer(TrainerCallback):
         self.accelerator = accelerator
         self.tokens_per_batch = tokens_per_batch
         self.unknown_ids = torch.tensor(sorted(unknown_ids), dtype=torch.long)
-        self.timeout, self.top_k, self.image_problem = timeout, top_k, image_problem
+        self.timeout, self.image_problem = timeout, image_problem
         self.is_shared = torch.zeros(teacher.vocab_size, dtype=torch.bool)
         self.is_shared[torch.tensor(sorted(shared_ids), dtype=torch.long)] = True
         self.calls, self.seconds, self.has_trained = 0, 0.0, False
@@ -106,7 +103,7 @@ class TeacherScorer(TrainerCallback):
         if self.has_trained:
             self.teacher.release()
 
-    def score(self, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def score(self, batch: dict[str, torch.Tensor], mask: torch.Tensor, top_k: int = 0) -> dict[str, torch.Tensor]:
         """
         Args:
             batch (`dict[str, torch.Tensor]`):
@@ -114,6 +111,8 @@ class TeacherScorer(TrainerCallback):
                 `(B, T)`, and what TRL adds to it for images.
             mask (`torch.Tensor` of shape `(B, T)`):
                 Tokens for which the teacher's log-probability is wanted. Rows without any are not scored at all.
+            top_k (`int`, *optional*, defaults to `0`):
+                Number of the teacher's likeliest tokens to return beside each.
 
         Returns:
             `dict[str, torch.Tensor]`:
@@ -123,7 +122,8 @@ class TeacherScorer(TrainerCallback):
                 the student doesn't share has the log-probability `-inf`.
 
         Raises:
-            `ValueError`: if a token id lies beyond the teacher's vocabulary, or it can't read the images.
+            `ValueError`: if a token id lies beyond the teacher's vocabulary, a row beyond its positions, or it can't read the
+                images.
             `FloatingPointError`: if the teacher returns a log-probability that isn't finite.
         """
         start = time.perf_counter()
@@ -137,7 +137,7 @@ class TeacherScorer(TrainerCallback):
         # With images, the tensors beside the tokens are as long as these
         ends = [ids_mask[i] if images[i] else wanted[i] for i in range(len(ids))]
         rows = [Row(prompt_ids[i][prompt_mask[i]], cut_end(ids[i], ends[i]), images[i]) for i in which]
-        self._check_ids(rows)
+        self._check(rows)
         if self.image_problem and any(row.images for row in rows):
             raise ValueError(self.image_problem)
         # Equal rows are scored once, and those that were scored ahead not again
@@ -146,11 +146,11 @@ class TeacherScorer(TrainerCallback):
 
         self.calls += 1
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
-            scores = self._score_with_all_processes(list(missing.values()))
+            scores = self._score_with_all_processes(list(missing.values()), top_k)
         known = self._ahead | dict(zip(missing, scores, strict=True))
         scores, self._ahead = [known[key] for key in keys], {}
         logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
-        top_k = min(self.top_k, self.teacher.vocab_size)
+        top_k = min(top_k, self.teacher.vocab_size)
         top_ids = completion_ids.new_zeros(*logps.shape, top_k)
         top_logps = logps.new_full(top_ids.shape, -float("inf"))
         for i, score in zip(which, scores, strict=True):
@@ -171,7 +171,11 @@ class TeacherScorer(TrainerCallback):
 
     @contextmanager
     def ahead(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]],
+        top_k: int = 0,
     ) -> Iterator[None]:
         """
         Score rows in a thread while the body of the context runs, for the next call of `score`.
@@ -184,6 +188,8 @@ class TeacherScorer(TrainerCallback):
                 Token ids of each row.
             masks (`Sequence[Sequence[int]]`):
                 1 where the teacher's log-probability may be wanted, for each token of the completions.
+            top_k (`int`, *optional*, defaults to `0`):
+                As in the next call of `score`.
 
         Raises:
             Whatever the teacher raises, when the body has ended.
@@ -198,12 +204,12 @@ class TeacherScorer(TrainerCallback):
             if wanted.any():
                 rows.append(Row(torch.tensor(prompt), cut_end(completion, wanted), {}))
         rows = {row.key: row for row in rows}
-        self._check_ids(rows.values())
+        self._check(rows.values())
 
         def run():
             if self.accelerator.device.type == "cuda":
                 torch.cuda.set_device(self.accelerator.device)  # each thread has its own
-            return self._score(list(rows.values()))
+            return self._score(list(rows.values()), top_k)
 
         with ThreadPoolExecutor(max_workers=1) as pool:
             scores = pool.submit(run)
@@ -212,10 +218,10 @@ class TeacherScorer(TrainerCallback):
             self._ahead = dict(zip(rows, scores.result(), strict=True))
             self._waited = time.perf_counter() - start
 
-    def _score_with_all_processes(self, rows: list[Row]) -> list[TokenScores]:
+    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         """Score this process's rows, after those of all processes have been dealt out evenly among them."""
         if self.accelerator.num_processes == 1:
-            return self._score(rows)
+            return self._score(rows, top_k)
         rank = self.accelerator.process_index
         # Rows with images stay here: their tensors are a thousand times the size of their tokens
         at_home = [row for row in rows if row.images]
@@ -226,13 +232,13 @@ class TeacherScorer(TrainerCallback):
         groups = self._group(every_row)
         costs = [sum(len(every_row[i]) for i in group) for group in groups]
         mine = [i for group in deal(costs, loads)[rank] for i in groups[group]]
-        scores = self._score([every_row[i] for i in mine] + at_home)
+        scores = self._score([every_row[i] for i in mine] + at_home, top_k)
         scores = [TokenScores(*(part.cpu() for part in score)) for score in scores]
         dealt = dict(chain.from_iterable(self._all_gather(list(zip(mine, scores, strict=False)))))
         texts, images = (dealt[i] for i in range(first, len(dealt))), iter(scores[len(mine) :])
         return [next(images if row.images else texts) for row in rows]
 
-    def _score(self, rows: list[Row]) -> list[TokenScores]:
+    def _score(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         """Score rows here, in micro-batches."""
         groups = self._group(rows)
         alone: dict[tuple, list[int]] = {}
@@ -254,7 +260,7 @@ class TeacherScorer(TrainerCallback):
         if image_batches or text_batches:
             with self.teacher.placed():
                 for batch in image_batches + text_batches:
-                    scores |= zip(batch, self._score_batch([rows[i] for i in batch]), strict=True)
+                    scores |= zip(batch, self._score_batch([rows[i] for i in batch], top_k), strict=True)
         return [scores[i] for i in range(len(rows))]
 
     def _keep_pace(self, image_batches: list[list[int]], text_batches: list[list[int]]):
@@ -274,11 +280,11 @@ class TeacherScorer(TrainerCallback):
         image_batches += [image_batches[0][:1] for _ in range(rounds[0] - len(image_batches))]
         text_batches += [[] for _ in range(rounds[1] - len(text_batches))]
 
-    def _score_batch(self, rows: list[Row]) -> list[TokenScores]:
+    def _score_batch(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         try:
             parts = zip(*((row.prompt, row.completion, row.images) for row in rows), strict=True)
             prompts, completions, images = map(list, parts) if rows else ([], [], [])
-            return self.teacher.score(prompts, completions, self.top_k, images)
+            return self.teacher.score(prompts, completions, top_k, images)
         except torch.OutOfMemoryError:
             if len(rows) < 2 or self.teacher.is_sharded:  # the other processes are in the middle of it
                 raise
@@ -289,7 +295,7 @@ class TeacherScorer(TrainerCallback):
             f"`teacher_tokens_per_batch={self.tokens_per_batch}` to have it so from the start."
         )
         torch.cuda.empty_cache()
-        return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
+        return self._score_batch(rows[:half], top_k) + self._score_batch(rows[half:], top_k)
 
     def _is_known(self, ids):
         return ~torch.isin(ids, self.unknown_ids.to(ids.device))
@@ -309,7 +315,14 @@ class TeacherScorer(TrainerCallback):
         dist.all_gather_object(everyone, item)
         return everyone
 
-    def _check_ids(self, rows):
+    def _check(self, rows):
+        longest = max(map(len, rows), default=0)
+        if longest > self.teacher.max_length:
+            raise ValueError(
+                f"A rollout has {longest} tokens with its prompt, but the teacher {self.teacher.name} knows only "
+                f"{self.teacher.max_length:.0f} positions. Lower `max_completion_length`, leave out longer prompts, or choose "
+                "a `teacher_model` for longer texts."
+            )
         highest = torch.cat([ids for row in rows for ids in (row.prompt, row.completion)]).max().item() if rows else 0
         if highest >= self.teacher.vocab_size:
             raise ValueError(

@@ -1,21 +1,26 @@
 """The trainer of RLAD."""
 
+import inspect
 import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
+from os import PathLike
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryFile
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from ._trl import CLIPPED_LOSS_TYPES, GuidedGRPOTrainer, get_config_model_id, patched
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
+from .run_record import RunRecord
 from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
@@ -24,6 +29,8 @@ from .trrd import TRRDLoss, clip_causes, sequence_log_ratio
 
 
 logger = get_logger(__name__)
+
+PROMPTS_TO_MEASURE = 10_000  # within a second
 
 
 class RLADTrainer(GuidedGRPOTrainer):
@@ -112,6 +119,10 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
                 'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base".'
             )
+        if wrong := grpo_kwargs.keys() - inspect.signature(GuidedGRPOTrainer).parameters.keys():
+            name = sorted(wrong)[0]
+            hint = " The teacher is passed as `teacher_model`." if "teacher" in name else ""
+            raise TypeError(f"`RLADTrainer` has no argument `{name}`.{hint}")
         if not args.needs_teacher and teacher_model is not None:
             logger.warning(
                 "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio`, RLAD is GRPO and needs no teacher: "
@@ -128,6 +139,18 @@ class RLADTrainer(GuidedGRPOTrainer):
         if args.needs_teacher:
             self.teacher_scorer = self._create_teacher_scorer(teacher_model)
             self.add_callback(self.teacher_scorer)
+        self.run_record = RunRecord(args, self.teacher_scorer and self.teacher_scorer.teacher)
+        self.add_callback(self.run_record)
+        if args.should_save:
+            check_writable(args.output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint:
+            is_named = isinstance(resume_from_checkpoint, (str, PathLike))
+            checkpoint = resume_from_checkpoint if is_named else get_last_checkpoint(self.args.output_dir)
+            if checkpoint is not None:  # or transformers says that there is none
+                self.run_record.compare(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _create_teacher_scorer(self, teacher_model: str | PreTrainedModel) -> TeacherScorer:
         if self.loss_type == "vespo" and not self.args.teacher_credit:
@@ -136,6 +159,7 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "sum grows with the length and mutes long completions. The paper's choice is `loss_type='grpo'`."
             )
         teacher = create_teacher(teacher_model, self.args, self.accelerator, lambda: self.model, self.tokenizer)
+        self._check_length(teacher)
         unknown_ids = find_unknown_ids(self.tokenizer, teacher.tokenizer, self.eos_token_ids)
         highest = max(self.tokenizer.get_vocab().values())
         if highest >= teacher.vocab_size:
@@ -164,16 +188,31 @@ class RLADTrainer(GuidedGRPOTrainer):
             self.args.teacher_tokens_per_batch,
             unknown_ids,
             self.args.teacher_timeout,
-            self.args.teacher_top_k if self.args.names_tokens else 0,
             find_shared_ids(self.tokenizer, teacher.tokenizer, unknown_ids, self.eos_token_ids),
             image_problem,
         )
+
+    def _check_length(self, teacher):
+        """Refuses a teacher that can't read the longest prompts with a completion behind them. Rollouts are checked too."""
+        # A stream isn't looked at: it may be slow, or move on
+        rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else ()
+        prompts = rows[:PROMPTS_TO_MEASURE]["prompt"] if rows else ()
+        texts = sorted(map(prompt_text, prompts), key=len)[-8:]
+        prompt_length = max(map(len, self.tokenizer(texts)["input_ids"])) if texts else 0
+        longest = prompt_length + (self.max_completion_length or 0)
+        if longest > teacher.max_length:
+            raise ValueError(
+                f"Prompts of {prompt_length} tokens and completions of up to {self.max_completion_length} are too long for the "
+                f"teacher {teacher.name}, which knows {teacher.max_length:.0f} positions. Lower `max_completion_length`, leave "
+                "out longer prompts, choose a `teacher_model` for longer texts or, if its family stretches its rotary "
+                'embedding, have it do so: `teacher_model_init_kwargs={"rope_parameters": {...}}`.'
+            )
 
     def during_rewards(self, prompt_ids, completion_ids, tool_mask):
         if self.teacher_scorer is None or not (self.trrd.alpha < 1.0 or self._has_kl):
             return nullcontext()
         masks = tool_mask or [[1] * len(ids) for ids in completion_ids]
-        return self.teacher_scorer.ahead(prompt_ids, completion_ids, masks)
+        return self.teacher_scorer.ahead(prompt_ids, completion_ids, masks, self._top_k)
 
     def extend_rollout(self, batch, rewards_per_func, rows):
         if not self.model.training:
@@ -194,22 +233,24 @@ class RLADTrainer(GuidedGRPOTrainer):
             weights = read_weights([row.get("teacher_weight") for row in rows])
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
-        scores = self.teacher_scorer.score(batch, self.loss_mask(batch) * wanted)
+        scores = self.teacher_scorer.score(batch, self.loss_mask(batch) * wanted, self._top_k)
         self.log_value("teacher/scoring_time", self.teacher_scorer.seconds)
         return {**batch, **scores}
 
     def _log_pass_at_k(self, rewards_per_func):
-        num_samples = self.num_generations_eval
-        successes = (rewards_per_func > self.args.success_reward).view(-1, num_samples, len(self.reward_funcs)).sum(1)
-        for name, counts in zip(self.reward_func_names, successes.T.tolist(), strict=True):
-            for k in {1, num_samples}:
-                self.log_value(f"rewards/{name}/pass@{k}", mean(pass_at_k(num_samples, count, k) for count in counts))
+        groups = rewards_per_func.view(-1, self.num_generations_eval, len(self.reward_funcs))
+        # A reward function returns `None`, which is NaN here, for what it can't judge: that isn't a failure
+        judged = (~groups.isnan()).sum(1).T.tolist()
+        successes = (groups > self.args.success_reward).sum(1).T.tolist()
+        for name, *counts in zip(self.reward_func_names, judged, successes, strict=True):
+            for k in {1, self.num_generations_eval}:
+                if scores := [pass_at_k(n, count, k) for n, count in zip(*counts, strict=True) if n >= k]:
+                    self.log_value(f"rewards/{name}/pass@{k}", mean(scores))
 
     def _select_kl_rows(self, rewards_per_func):
         """Which of this process's completions have the teacher KL, bool of shape `(B,)`."""
-        has_failed = ~(
-            (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1) > self.args.success_reward
-        )
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
+        has_failed = ~(rewards > self.args.success_reward) & ~rewards_per_func.isnan().all(1)
         if self.args.teacher_kl_rows == "all":
             has_failed = torch.ones_like(has_failed)
         size = len(has_failed) // self.accelerator.num_processes
@@ -231,6 +272,11 @@ class RLADTrainer(GuidedGRPOTrainer):
         # Its coefficient may rise before the generation batch has been used up
         return bool(self._kl_coef or self.args.teacher_kl_coef_final)
 
+    @property
+    def _top_k(self) -> int:
+        """Number of tokens that the teacher is to name."""
+        return self.args.teacher_top_k if self._has_kl and self.args.teacher_kl_estimator == "forward" else 0
+
     def _kl_mask(self, batch):
         """Tokens whose divergence from the teacher enters the loss, bool of shape `(B, T)`."""
         mask = batch["teacher_mask"]
@@ -251,11 +297,16 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     def get_penalty(self, per_token_logps, batch):
         if self.teacher_scorer is None:
+            if self.trrd.alpha < 1.0 or self._has_kl:
+                raise RuntimeError(
+                    "`alpha` or `teacher_kl_coef` was changed in training, but this trainer was made without a teacher. "
+                    "Make it with a `teacher_model`, and with the highest say that the teacher is to have."
+                )
             return None
         if "teacher_mask" not in batch:
             raise patched("its rollouts did not come by the teacher")
         self.log_value("teacher/kl_coef", self._kl_coef)
-        if self._kl_coef == 0.0:
+        if self._kl_coef == 0.0 or "teacher_kl_rows" not in batch:  # raised since these rollouts were made
             return None
         mask, per_token_logps = self._kl_mask(batch), per_token_logps.float()
         if "named_log_ratios" in batch:
@@ -320,6 +371,28 @@ class RLADTrainer(GuidedGRPOTrainer):
             path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
             card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
             path.write_text(card, encoding="utf-8")
+
+
+def prompt_text(prompt: str | list[dict]) -> str:
+    """The text of a prompt, without what a chat template adds to it."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message["content"] or "" for message in prompt]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return " ".join(
+        [content for content in contents if isinstance(content, str)] + [p.get("text") or "" for p in parts]
+    )
+
+
+def check_writable(folder: str):
+    """Raises an `OSError` if no file can be made in a folder, before training has something to lose."""
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"`output_dir={folder!r}` can't be written to, so the student couldn't be saved: {error}"
+        ) from error
 
 
 def _two_dimensional(advantages: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,9 @@ class TRRDLoss(nn.Module):
             Bound \\( c \\) on \\( |\log\pi_\theta - \log\pi_T| \\) in nats. `None` applies no bound. May be changed at
             any time.
 
+    Raises:
+        `ValueError`: if one of the two is out of its range.
+
     Example:
 
     ```python
@@ -46,6 +49,10 @@ class TRRDLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.5, teacher_log_ratio_clip: float | None = 1.0):
         super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"`alpha` must be in [0, 1] (1: GRPO, 0: the teacher alone), but is {alpha}.")
+        if teacher_log_ratio_clip is not None and not teacher_log_ratio_clip > 0.0:
+            raise ValueError(f"`teacher_log_ratio_clip` must be positive or `None`, but is {teacher_log_ratio_clip}.")
         self.alpha = alpha
         self.teacher_log_ratio_clip = teacher_log_ratio_clip
 

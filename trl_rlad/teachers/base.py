@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id, use_adapter
 from ..lm_head import LMHead
-from .local import WrappedTeacher
+from .local import WrappedTeacher, longest_input
 
 
 class BaseTeacher(WrappedTeacher):
@@ -36,9 +36,10 @@ class BaseTeacher(WrappedTeacher):
     ):
         self.get_student, self.tokenizer = get_student, tokenizer
         self.accelerator, self.temperature = accelerator, temperature
-        config = get_student().config
+        self.config = config = get_student().config
         self.name = f"{get_config_model_id(config)} without the adapter"
         self.vocab_size = config.get_text_config().vocab_size
+        self.max_length = longest_input(config)
         self.is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
     @property

@@ -1,19 +1,23 @@
 """A transformers model in these processes as the teacher."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoProcessor,
     AutoTokenizer,
     DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -30,6 +34,9 @@ from ..token_contract import find_image_problem
 
 
 logger = get_logger(__name__)
+
+# Of `teacher_model_init_kwargs`, what says where the files are: it holds for the tokenizer and the adapter too
+HUB_KWARGS = ("cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 
 
 class TokenScores(NamedTuple):
@@ -115,6 +122,8 @@ class LocalTeacher:
             The teacher's own tokenizer.
         vocab_size (`int`):
             Number of rows of its embedding.
+        max_length (`int`):
+            Number of tokens that it can read at once.
 
     Raises:
         `ValueError`: if it can't be loaded, is no causal language model, or comes without a tokenizer.
@@ -131,9 +140,9 @@ class LocalTeacher:
             "dtype": "auto",
             "device_map": None,
             "revision": args.teacher_model_revision,
-            "trust_remote_code": args.trust_remote_code,
             **(args.teacher_model_init_kwargs or {}),
         }
+        self.hub_kwargs = {name: self.init_kwargs[name] for name in HUB_KWARGS if name in self.init_kwargs}
         self.source = model  # what to load again after `release`
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         self.name = Path(path).name if Path(path).is_dir() else path
@@ -147,9 +156,12 @@ class LocalTeacher:
                 f"`teacher_model` must be a causal language model, but {self.name!r} is a `{type(model).__name__}`."
             )
         self.check_quantized(getattr(model, "is_quantized", False))
+        if damaged := find_non_finite(model):
+            raise ValueError(f"The weights of `teacher_model` {self.name!r} aren't finite: {', '.join(damaged[:5])}.")
         self.paths = [(path, self.init_kwargs["revision"]), (get_config_model_id(model.config), None)]
         self.tokenizer = self.load_processing_class(AutoTokenizer)
         self.vocab_size = model.config.get_text_config().vocab_size
+        self.max_length = longest_input(model.config)
         self.reads_images = "pixel_values" in inspect.signature(model.forward).parameters
         self.set_up(model)
         self.shares_prompts = self.shares_prompts and self.can_share_prompts()
@@ -170,33 +182,46 @@ class LocalTeacher:
     def load(self) -> PreTrainedModel:
         """The model, or an adapter merged into its base, from the Hub or from disk."""
         if not isinstance(self.source, str):
+            self.config = self.source.config
             return self.source
+        files = {"revision": self.init_kwargs["revision"], **self.hub_kwargs}
+        trust_remote_code = files.pop("trust_remote_code", False)
+        path, adapter, kwargs = self.source, None, self.init_kwargs
         try:
-            with self.deepspeed():
-                if find_adapter_config_file(self.source, revision=self.init_kwargs["revision"]) is None:
-                    return create_model_from_path(self.source, **self.init_kwargs)
+            if find_adapter_config_file(path, **files) is not None:
                 from peft import PeftConfig, PeftModel
 
-                revision = self.init_kwargs["revision"]
-                adapter = PeftConfig.from_pretrained(self.source, revision=revision)
-                base = adapter.base_model_name_or_path
-                model = create_model_from_path(base, **self.init_kwargs | {"revision": adapter.revision})
-                return PeftModel.from_pretrained(model, self.source, revision=revision).merge_and_unload()
-        except (OSError, TypeError, ValueError) as error:
+                adapter = PeftConfig.from_pretrained(path, **files)
+                there = {"revision": adapter.revision, "subfolder": ""}
+                path, kwargs = adapter.base_model_name_or_path, kwargs | there
+            where = {name: kwargs[name] for name in files if name in kwargs}
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
+            with self.deepspeed():
+                model = load_whole(path, self.config, kwargs)
+                if adapter is None:
+                    return model
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message="Found missing adapter keys")
+                    return PeftModel.from_pretrained(model, self.source, **files).merge_and_unload()
+        except Exception as error:  # safetensors, PEFT and the tokenizers have their own
+            what = "" if Path(self.source).exists() else " There is no such folder."
             raise ValueError(
                 f"`teacher_model={self.source!r}` can't be loaded with `teacher_model_init_kwargs="
-                f"{self.args.teacher_model_init_kwargs}`. {error}"
+                f"{self.args.teacher_model_init_kwargs}`.{what} {error}"
             ) from error
 
     def load_processing_class(
         self, auto_class: type[AutoTokenizer | AutoProcessor]
     ) -> PreTrainedTokenizerBase | ProcessorMixin:
         """The teacher's tokenizer or processor, or if it is an adapter without one, that of its base."""
-        trust_remote_code = self.init_kwargs["trust_remote_code"]
         for name, revision in self.paths:
             try:
-                return auto_class.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-            except (ImportError, OSError, ValueError) as error:
+                loaded = auto_class.from_pretrained(name, revision=revision, **self.hub_kwargs)
+                tokenizer = getattr(loaded, "tokenizer", loaded)
+                if len(tokenizer) > len(tokenizer.all_special_ids):
+                    return loaded
+                cause = ValueError("It has no tokens.")  # what transformers makes where there are no files
+            except Exception as error:  # the tokenizers' own too
                 cause = error
         raise ValueError(
             f"No tokenizer found for `teacher_model` at {self.paths[0][0]!r}, so it can't be checked that it gives the "
@@ -254,6 +279,7 @@ class LocalTeacher:
         """Have the model on the device, with `teacher_offload="cpu"` for the length of the context only."""
         if self.model is None:
             self.set_up(self.load())
+        self.model.eval()  # whatever has become of a model object meanwhile
         host = [(parameter, parameter.data) for parameter in self.model.parameters()]
         if self.is_movable:
             self.model.to(self.accelerator.device)
@@ -369,6 +395,40 @@ class WrappedTeacher(LocalTeacher):
             logps = log_probs[before[:, :-1]].float()
             scores = [logps, input_ids.new_empty(len(logps), 0), logps.new_empty(len(logps), 0)]
         return split_scores(lengths, *scores)
+
+
+def load_whole(path: str, config: PretrainedConfig, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model with all its weights: transformers would initialize those that are missing."""
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    model, info = create_model_from_path(path, architecture, output_loading_info=True, **init_kwargs)
+    if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise ValueError(f"{len(missing)} of its weights are missing, such as {', '.join(missing[:5])}.")
+    return model
+
+
+def find_non_finite(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that have NaN or inf in them, of what this process holds."""
+    damaged = []
+    for name, parameter in model.named_parameters():
+        values = getattr(parameter, "ds_tensor", parameter).detach()
+        if values.is_floating_point() and values.itemsize > 1 and values.numel() and not values.is_meta:
+            lowest, highest = values.aminmax()  # NaN if there is one; 40 times as fast as `isfinite`
+            if not (lowest.isfinite() and highest.isfinite()):
+                damaged.append(name)
+    return damaged
+
+
+def longest_input(config: PretrainedConfig) -> float:
+    """Number of tokens that a model can read at once, by its positions and what stretches them."""
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or float("inf")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # by kind of layer
+        if each.get("rope_type") == "dynamic":
+            return float("inf")
+        original = each.get("original_max_position_embeddings") or 0
+        longest = max(longest, original * each.get("factor", 1.0))
+    return longest
 
 
 def stack_images(images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -2,11 +2,11 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from transformers import AutoConfig
 
 from .._trl import prepare_fsdp
 from .local import WrappedTeacher, active_deepspeed_config
@@ -50,6 +50,7 @@ class ShardedTeacher(WrappedTeacher):
     def placed(self):
         if self.model is None:
             self.set_up(self.load())
+        self.model.eval()
         yield
 
 
@@ -59,19 +60,13 @@ class ZeRO3Teacher(ShardedTeacher):
     loaded, so that no process ever holds them all. Its DeepSpeed configuration is its own, whatever the student's.
     """
 
-    def __init__(self, model, args, accelerator):
-        init_kwargs = args.teacher_model_init_kwargs or {}
-        config = getattr(model, "config", None) or AutoConfig.from_pretrained(
-            model,
-            revision=init_kwargs.get("revision", args.teacher_model_revision),
-            trust_remote_code=init_kwargs.get("trust_remote_code", args.trust_remote_code),
-        )
-        dtype = init_kwargs.get("dtype", "auto")
-        dtype = config.dtype if dtype == "auto" else dtype
+    @cached_property
+    def deepspeed_config(self):
+        """DeepSpeed configuration of the teacher."""
+        dtype = self.init_kwargs["dtype"]
+        dtype = self.config.dtype if dtype == "auto" else dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        hidden_size = config.get_text_config().hidden_size
-        self.deepspeed_config = zero3_inference_config(hidden_size, dtype, args.teacher_offload)
-        super().__init__(model, args, accelerator)
+        return zero3_inference_config(self.config.get_text_config().hidden_size, dtype, self.args.teacher_offload)
 
     def deepspeed(self):
         return active_deepspeed_config(self.deepspeed_config)

@@ -1,0 +1,89 @@
+"""What a checkpoint knows of its run, so that another teacher or objective doesn't go on from it without a word."""
+
+import json
+from dataclasses import fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+from trl import GRPOConfig
+
+from .config import RLADConfig
+from .teachers import LocalTeacher
+
+
+logger = get_logger(__name__)
+
+# What moves a teacher and bounds its memory, and leaves its scores alone
+_WITHOUT_EFFECT = {
+    "teacher_offload",
+    "teacher_timeout",
+    "teacher_tokens_per_batch",
+    "teacher_zero_stage",
+    "trim_padding",
+}
+
+
+def describe_teacher(teacher: LocalTeacher, temperature: float) -> dict[str, Any]:
+    """What tells one teacher from another: its name, commit on the Hub, vocabulary, and the temperature at which it scores."""
+    vocabulary = json.dumps(sorted(teacher.tokenizer.get_vocab().items()))
+    return {
+        "name": teacher.name,
+        "commit": getattr(teacher.config, "_commit_hash", None),
+        "tokenizer": sha256(vocabulary.encode()).hexdigest(),
+        "temperature": temperature,
+    }
+
+
+class RunRecord(TrainerCallback):
+    """
+    Writes the teacher and the objective of a run into each of its checkpoints, and compares them on resumption.
+
+    Args:
+        args ([`RLADConfig`]):
+            Configuration of the run.
+        teacher ([`~trl_rlad.teachers.LocalTeacher`], *optional*):
+            Its teacher.
+    """
+
+    file_name = "rlad.json"
+
+    def __init__(self, args: RLADConfig, teacher: LocalTeacher | None):
+        ours = {field.name for field in fields(RLADConfig)} - {field.name for field in fields(GRPOConfig)}
+        names = sorted(ours - _WITHOUT_EFFECT)
+        self.record = {
+            "teacher": teacher and describe_teacher(teacher, args.temperature),
+            "settings": {name: value for name, value in args.to_dict().items() if name in names},
+        }
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}", self.file_name)
+            path.write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def compare(self, checkpoint: str):
+        """
+        Raises a `ValueError` if a checkpoint is of a run with another teacher, and warns if the settings differ.
+
+        Args:
+            checkpoint (`str`):
+                Its folder. If it has no record, nothing is known.
+        """
+        path = Path(checkpoint, self.file_name)
+        if not path.exists():
+            return
+        before = json.loads(path.read_text())
+        if before["teacher"] != self.record["teacher"]:
+            raise ValueError(
+                f"{checkpoint} is of a run with another teacher: {before['teacher']}, and not {self.record['teacher']}. Take "
+                f"the same `teacher_model`. If another one is meant to go on from there, delete {path}."
+            )
+        changes = [
+            f"`{name}` from {before['settings'].get(name)} to {value}"
+            for name, value in self.record["settings"].items()
+            if before["settings"].get(name) != value
+        ]
+        if changes:
+            logger.warning(f"Since {checkpoint} was saved, settings have changed: {', '.join(changes)}.")
