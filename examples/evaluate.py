@@ -29,11 +29,13 @@ from pathlib import Path
 import rlad_grpo
 from datasets import Dataset
 from mini.knights_knaves import MAX_COMPLETION_LENGTH
+from rlad_grpo import require
 from sampling import grade, sample
 from transformers import PreTrainedModel
 from trl import TrlParser
 
 from trl_rlad.evaluation import pass_at_k
+from trl_rlad.trainer import check_writable
 
 
 PACKAGES = {"torch", "transformers", "trl", "trl-rlad", "reasoning_gym", "vllm"}
@@ -93,6 +95,7 @@ class EvaluationArguments:
             self.model_name_or_path = self.model_name_or_path or os.path.relpath(rlad_grpo.MINI / "student")
         if self.model_name_or_path is None:
             raise ValueError(f"`--task {self.task}` needs a model: name it with `--model_name_or_path`.")
+        require(self, 1, "eval_size", "num_samples", "max_completion_length", "batch_size")
         default_length = MAX_COMPLETION_LENGTH if self.task == "mini" else 2048
         self.max_completion_length = self.max_completion_length or default_length
         self.k = sorted(set(self.k or [1, self.num_samples]))
@@ -135,7 +138,7 @@ def evaluate(
     Returns:
         `dict[str, dict[str, float]]`:
             For each difficulty that has a name, and for `"overall"`: the number of `puzzles`, the number of `samples`
-            in all, `mean@{num_samples}`, and `pass@{k}` for each k.
+            in all, `mean@{num_samples}`, and `pass@{k}` for each k. Puzzles that the reward can't judge are left out.
     """
     k = k or sorted({1, num_samples})
     for each in k:
@@ -143,8 +146,12 @@ def evaluate(
     completions = sample(model, list(dataset["prompt"]), num_samples, temperature, top_p, **sampling)
     groups = {}
     for difficulty, marks in zip(dataset["difficulty"], grade(dataset, completions, reward, best), strict=True):
+        if None in marks:  # the reward can't judge this puzzle
+            continue
         for name in {str(difficulty), "overall"} - {""}:
             groups.setdefault(name, []).append(sum(marks))
+    if not groups:
+        raise ValueError("The reward function can judge none of the puzzles.")
     return {
         name: {
             "puzzles": len(counts),
@@ -158,8 +165,13 @@ def evaluate(
 
 def main():
     args = TrlParser(EvaluationArguments).parse_args_and_config()[0]
+    if args.output is not None:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(str(Path(args.output).parent))
     # One training puzzle, as none is needed; a tokenizer measures the length of prompts of the math task
-    data_args = rlad_grpo.ScriptArguments(args.task, args.task_kwargs, 1, args.eval_size, args.model_name_or_path)
+    data_args = rlad_grpo.ScriptArguments(
+        args.task, args.task_kwargs, 1, args.eval_size, teacher_model_name_or_path=args.model_name_or_path
+    )
     _, dataset, reward, best = rlad_grpo.load_data(data_args, args.seed)
     scores = evaluate(
         args.model_name_or_path,
@@ -182,7 +194,6 @@ def main():
     if args.output is not None:
         versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
         result = {"settings": asdict(args), "versions": versions, "scores": scores}
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
 

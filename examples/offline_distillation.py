@@ -11,9 +11,9 @@ Any of reasoning-gym's tasks, with any student and teacher, in one process:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B --backend vllm \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-offline
 
-What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read. The share of
-right answers to each puzzle is in `teacher_weight.json`: copied into the output folder of `rlad_grpo.py`, it spares
-`--teacher_samples` the sampling.
+What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read, and kept beside
+it, so that another run with the same settings doesn't ask again. The share of right answers to each puzzle is in
+`teacher_weight.json`: copied into the output folder of `rlad_grpo.py`, it spares `--teacher_samples` the sampling.
 """
 
 import json
@@ -24,12 +24,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import rlad_grpo
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from evaluate import evaluate
-from rlad_grpo import MINI
+from rlad_grpo import MINI, require
 from sampling import encode_prompts, grade, sample, store_teacher_weight
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from trl_rlad.trainer import check_writable
 
 
 @dataclass
@@ -72,6 +74,8 @@ class ScriptArguments:
     batch_size: int = field(default=128, metadata={"help": "Number of answers to sample at once."})
 
     def __post_init__(self):
+        require(self, 1, "eval_size", "num_prompts", "samples_per_prompt", "max_completion_length", "batch_size")
+        self.task_kwargs = rlad_grpo.parse_task_kwargs(self.task_kwargs)
         if self.task == "mini":
             # Relative, as the path goes into `teacher_samples.json`
             self.teacher_model_name_or_path = self.teacher_model_name_or_path or os.path.relpath(MINI / "teacher")
@@ -146,6 +150,27 @@ def collect(
     return Dataset.from_list(kept), counts
 
 
+def save_samples(output_dir: str, settings: dict, dataset: Dataset, counts: dict[str, int]):
+    """Keeps what [`collect`] returned, and what it was asked."""
+    dataset.save_to_disk(Path(output_dir, "teacher_samples"))
+    text = json.dumps({"settings": settings, "counts": counts}, indent=2) + "\n"
+    Path(output_dir, "teacher_samples.json").write_text(text)
+
+
+def load_samples(output_dir: str, settings: dict) -> tuple[Dataset | None, dict[str, int] | None]:
+    """What [`save_samples`] kept, if anything. Raises a `ValueError` if it is the answer to other settings."""
+    path = Path(output_dir, "teacher_samples.json")
+    if not path.exists():
+        return None, None
+    known = json.loads(path.read_text())
+    if known["settings"] != settings:
+        raise ValueError(
+            f"{path} is of a teacher that was asked otherwise, {known['settings']}, not {settings}. Choose another "
+            "`--output_dir`, or delete it."
+        )
+    return load_from_disk(Path(output_dir, "teacher_samples")), known["counts"]
+
+
 def make_trainer(student: str | PreTrainedModel, dataset: Dataset, args: SFTConfig, **kwargs) -> SFTTrainer:
     """
     Makes a trainer that has a student imitate the answers of [`collect`], and stop after them.
@@ -204,9 +229,17 @@ def main():
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
     }
+    checkpoint = rlad_grpo.find_checkpoint(args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    check_writable(args.output_dir)
     data_args = rlad_grpo.ScriptArguments(
-        script_args.task, script_args.task_kwargs, script_args.num_prompts, script_args.eval_size, teacher
+        script_args.task,
+        script_args.task_kwargs,
+        script_args.num_prompts,
+        script_args.eval_size,
+        teacher_model_name_or_path=teacher,
     )
     train_dataset, eval_dataset, reward, best = rlad_grpo.load_data(data_args, args.seed)
     sampling = {
@@ -215,28 +248,28 @@ def main():
         "seed": args.seed,
         "backend": script_args.backend,
     }
-
-    dataset, counts = collect(
-        teacher,
-        train_dataset,
-        reward,
-        best,
-        script_args.samples_per_prompt,
-        path=Path(args.output_dir, "teacher_weight.json"),
-        temperature=script_args.temperature,
-        **sampling,
-    )
+    # First, as a student that can't be loaded is found thereby
+    before = evaluate(student, eval_dataset, reward, best, num_samples=1, **sampling)
+    settings = asdict(script_args) | {"seed": args.seed}
+    dataset, counts = load_samples(args.output_dir, settings)
+    if dataset is None:
+        dataset, counts = collect(
+            teacher,
+            train_dataset,
+            reward,
+            best,
+            script_args.samples_per_prompt,
+            path=Path(args.output_dir, "teacher_weight.json"),
+            temperature=script_args.temperature,
+            **sampling,
+        )
+        save_samples(args.output_dir, settings, dataset, counts)
     print(
         f"The teacher answered {counts['prompts']:,} prompts {script_args.samples_per_prompt} times with "
         f"{counts['tokens']:,} tokens. Kept: {counts['kept_samples']:,} of {counts['samples']:,} answers, "
         f"{counts['kept_tokens']:,} tokens, for {counts['solved_prompts']:,} prompts."
     )
-    path = Path(args.output_dir, "teacher_samples.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = asdict(script_args) | {"seed": args.seed}
-    path.write_text(json.dumps({"settings": settings, "counts": counts}, indent=2) + "\n")
 
-    before = evaluate(student, eval_dataset, reward, best, num_samples=1, **sampling)
     trainer = make_trainer(
         student,
         dataset,
@@ -244,12 +277,12 @@ def main():
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
-    trainer.save_model()
-    after = evaluate(args.output_dir, eval_dataset, reward, best, num_samples=1, **sampling)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = evaluate(trainer.model, eval_dataset, reward, best, num_samples=1, **sampling)
     print(f"Accuracy on {len(eval_dataset)} held-out puzzles:")
     for difficulty, scores in before.items():
-        print(f"  {difficulty:>8}  {scores['mean@1']:6.1%} -> {after[difficulty]['mean@1']:6.1%}")
+        print(f"  {difficulty:>8}  {scores['mean@1']:6.1%} -> {after[difficulty]['mean@1']:6.1%}", flush=True)
+    trainer.save_model()
     print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()

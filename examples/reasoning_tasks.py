@@ -1,10 +1,8 @@
 """
 Turns any task of [reasoning-gym](https://github.com/open-thought/reasoning-gym) into datasets and a reward for TRL.
 
-> [!WARNING]
-> Some of its scorers evaluate the model's answer as Python (those of `countdown`, `puzzle24`, `string_insertion`,
-> `spiral_matrix`, `binary_matrix`, `n_queens`, `polynomial_multiplication` and the integration tasks). Train on these
-> tasks only where untrusted code may run. `knights_knaves` is scored here, and is safe.
+Some of its scorers evaluate the model's answer as Python, so all but that of `knights_knaves`, which is scored here, run in
+processes apart, see `sandbox.py`.
 """
 
 import random
@@ -12,10 +10,10 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import partial
 from itertools import chain, islice
 
 from datasets import Dataset
+from sandbox import Sandbox
 
 
 SYSTEM_PROMPT = (
@@ -87,16 +85,6 @@ def score_roles(answer: str | None, entry: dict) -> float:
     return 1.0 + 2.0 if roles == [solution[name] for name in people] else 1.0 - 1.5
 
 
-def score_task(dataset, answer: str | None, entry: dict) -> float:
-    """Scores an answer from 0 to 1 with reasoning-gym's own scorer of the task; a wrong format scores 0."""
-    if answer is None:
-        return 0.0
-    try:
-        return float(dataset.score_answer(answer, entry))
-    except Exception:  # some scorers raise on an answer that they cannot read
-        return 0.0
-
-
 def distinct(entries, key: Callable):
     """Skips the entries whose key an earlier one had."""
     seen = set()
@@ -133,8 +121,10 @@ def load_task(
         `tuple[Dataset, Dataset, Callable]`:
             Training set, held-out set and reward function. The columns are `prompt` (conversational), `question`,
             `answer` (empty where the task has no single right one) and `difficulty` (the number of people for
-            `knights_knaves`, otherwise empty). The reward is [`score_roles`] for `knights_knaves` and [`score_task`]
-            for any other task. It finds an entry by its `question`, and knows those of these two sets only.
+            `knights_knaves`, otherwise empty). The reward is [`score_roles`] for `knights_knaves`; for any other task it
+            is reasoning-gym's own score from 0 to 1, in a [`~sandbox.Sandbox`], and 0 for a wrong format. It finds an
+            entry by its `question`, and knows those of these two sets only. What the sandbox has had to end is logged
+            as `scorer_failures`.
 
     Example:
 
@@ -196,11 +186,20 @@ def load_task(
         }
         for question, entry in entries.items()
     ]
-    score = score_roles if is_roles else partial(score_task, sources[0])
+    config = {field.name: getattr(sources[0].config, field.name) for field in fields(sources[0].config)}
+    sandbox = Sandbox(task, config)
 
-    def reward(completions, question, **kwargs):
+    def reward(completions, question, log_metric=None, **kwargs):
         answers = [extract_answer(completion[0]) for completion in completions]
-        return [score(answer, entries[key]) for answer, key in zip(answers, question, strict=True)]
+        asked = [entries[key] for key in question]
+        if is_roles:
+            return [score_roles(answer, entry) for answer, entry in zip(answers, asked, strict=True)]
+        read, failures = [i for i, answer in enumerate(answers) if answer is not None], sandbox.failures
+        scores = sandbox.score([answers[i] for i in read], [asked[i] for i in read])
+        if log_metric is not None:
+            log_metric("scorer_failures", sandbox.failures - failures)
+        known = dict(zip(read, scores, strict=True))
+        return [known.get(i, 0.0) for i in range(len(answers))]
 
     reward.__name__ = f"{task}_reward"
     return Dataset.from_list(rows[eval_size:]), Dataset.from_list(rows[:eval_size]), reward

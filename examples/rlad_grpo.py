@@ -19,6 +19,7 @@ or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `e
 
 import json
 import sys
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from math_task import load_math
 from mini import knights_knaves
 from reasoning_tasks import load_task
 from sampling import add_teacher_weight
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_rlad import RLADConfig, RLADTrainer
@@ -82,8 +85,51 @@ class ScriptArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.task_kwargs, str):
-            self.task_kwargs = json.loads(self.task_kwargs)
+        self.task_kwargs = parse_task_kwargs(self.task_kwargs)
+        require(self, 1, "train_size", "eval_size", "report_steps")
+        require(self, 0, "teacher_samples")
+
+
+def require(args, least: int, *names: str):
+    """Raises a `ValueError` if one of these arguments is given and less than `least`."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"`--{name}` must be at least {least}, but is {value}.")
+
+
+def parse_task_kwargs(task_kwargs: dict | str | None) -> dict:
+    """The settings of a task, from JSON or YAML."""
+    try:
+        parsed = json.loads(task_kwargs) if isinstance(task_kwargs, str) else task_kwargs or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--task_kwargs` must be JSON, but is {task_kwargs!r}: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f"`--task_kwargs` must be settings with names, as in '{{\"n_people\": [3, 4]}}', not {parsed!r}."
+        )
+    return parsed
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` names, by its path or as `true`, the last one in the output folder.
+
+    Raises a `ValueError` if there is none, or if there are some and training was not to go on from them.
+    """
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        if last is not None:
+            raise ValueError(
+                f"`--output_dir {args.output_dir}` has the checkpoints of another run, which this one would replace. Go on from "
+                "the last of them with `--resume_from_checkpoint true`, or choose another folder."
+            )
+        return None
+    checkpoint = last if str(wanted).lower() == "true" else wanted
+    if checkpoint is None or not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        where = args.output_dir if checkpoint is None else checkpoint
+        raise ValueError(f"`--resume_from_checkpoint {wanted}`: there is no checkpoint in {where}.")
+    return checkpoint
 
 
 class RewardBar(ProgressCallback):
@@ -100,7 +146,16 @@ class RewardBar(ProgressCallback):
 def load_data(args: ScriptArguments, seed: int):
     """Returns training set, held-out set, reward function and the reward of a right answer."""
     if args.task == "mini":
-        n_people = (args.task_kwargs or {}).get("n_people", [2, 3, 4])
+        n_people = args.task_kwargs.get("n_people", [2, 3, 4])
+        if (
+            args.task_kwargs.keys() - {"n_people"}
+            or not isinstance(n_people, list)
+            or not {2, 3, 4} >= set(n_people) > set()
+        ):
+            raise ValueError(
+                "`--task_kwargs` of the mini task are one, `n_people`, a list of some of 2, 3 and 4, and not "
+                f"{json.dumps(args.task_kwargs)}."
+            )
         sets = [
             knights_knaves.make_dataset(n_people, size, seed, held_out)
             for size, held_out in ((args.train_size, False), (args.eval_size, True))
@@ -108,7 +163,7 @@ def load_data(args: ScriptArguments, seed: int):
         return *sets, knights_knaves.correctness_reward, 1.0
     if args.task == "math":
         tokenizer = args.teacher_model_name_or_path  # the student's is the same
-        return *load_math(args.train_size, args.eval_size, seed, tokenizer, **args.task_kwargs or {}), 1.0
+        return *load_math(args.train_size, args.eval_size, seed, tokenizer, **args.task_kwargs), 1.0
     best = 3.0 if args.task == "knights_knaves" else 1.0
     return *load_task(args.task, args.train_size, args.eval_size, seed, args.task_kwargs), best
 
@@ -121,8 +176,10 @@ class AccuracyReport(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
+            plan = copy(control)  # an evaluation takes it that what was to be done after this step is done
             scores = measure(self.trainer, self.eval_dataset)
             self.trainer.log({f"accuracy/{difficulty}": values for difficulty, values in scores.items()})
+            return plan
 
 
 def measure(trainer: RLADTrainer, eval_dataset: Dataset) -> dict[str, dict[str, float]]:
@@ -135,7 +192,7 @@ def measure(trainer: RLADTrainer, eval_dataset: Dataset) -> dict[str, dict[str, 
         metrics = trainer.evaluate(eval_dataset.select(rows))
         scores[difficulty] = {f"mean@{k}": metrics["eval_rewards/accuracy/mean"]}
         if k > 1:
-            scores[difficulty][f"pass@{k}"] = metrics[f"eval_rewards/accuracy/pass@{k}"]
+            scores[difficulty][f"pass@{k}"] = metrics.get(f"eval_rewards/accuracy/pass@{k}", float("nan"))
     trainer.generation_config.update(temperature=trainer.temperature, top_p=trainer.top_p)
     return scores
 
@@ -162,10 +219,14 @@ def main():
         student, teacher = student or str(MINI / "student"), teacher or str(MINI / "teacher")
     if student is None:
         raise ValueError(f"`--task {script_args.task}` needs a student: name it with `--model_name_or_path`.")
+    if args.reward_weights is not None:
+        raise ValueError("`--reward_weights` has no meaning here: the reward is the task's own, and there is one.")
+    checkpoint = find_checkpoint(args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset, reward, best = load_data(script_args, args.seed)
 
@@ -183,7 +244,7 @@ def main():
             )
 
     def accuracy(**columns):
-        return [float(value == best) for value in reward(**columns)]
+        return [None if value is None else float(value == best) for value in reward(**columns)]
 
     args.reward_weights = [1.0, 0.0]  # the accuracy is only logged
     trainer = RLADTrainer(
@@ -202,10 +263,8 @@ def main():
         trainer.add_callback(AccuracyReport(trainer, eval_dataset, script_args.report_steps))
 
     before = measure(trainer, eval_dataset)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = measure(trainer, eval_dataset)
-    trainer.save_model()
-    trainer.save_state()  # the log, as `trainer_state.json`
     if trainer.is_world_process_zero():
         print(f"Accuracy on {len(eval_dataset)} held-out puzzles:")
         for difficulty, scores in before.items():
@@ -214,7 +273,11 @@ def main():
         logs = [log for log in trainer.state.log_history if "reward" in log]
         if logs:
             rewards = [log["reward"] for log in logs]
-            print(f"Mean reward of the rollouts: {rewards[0]:.2f} -> {rewards[-1]:.2f}")
+            print(f"Mean reward of the rollouts: {rewards[0]:.2f} -> {rewards[-1]:.2f}", flush=True)
+    trainer.save_model()
+    trainer.save_state()  # the log, as `trainer_state.json`
+    if trainer.is_world_process_zero():
+        if logs:
             plot_rewards([log["step"] for log in logs], rewards, Path(args.output_dir, "reward.png"))
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:

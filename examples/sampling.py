@@ -113,16 +113,20 @@ def sample(
 
 
 def grade(
-    dataset: Dataset, completions: list[list[str]], reward: Callable[..., list[float]], best: float
-) -> list[list[bool]]:
-    """Whether each completion of each prompt of `dataset` earns the reward of a right answer."""
+    dataset: Dataset, completions: list[list[str]], reward: Callable[..., list[float | None]], best: float
+) -> list[list[bool | None]]:
+    """
+    Whether each completion of each prompt of `dataset` earns the reward of a right answer; `None` where the reward is, since
+    it can't tell.
+    """
     columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
     is_chat = not isinstance(dataset[0]["prompt"], str)
     scores = []
     for texts in zip(*completions, strict=True):  # the first completion of every prompt, then the second
         texts = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else list(texts)
-        scores.append(reward(completions=texts, **columns))
-    return [[score == best for score in of_prompt] for of_prompt in zip(*scores, strict=True)]
+        scores.append(reward(prompts=list(dataset["prompt"]), completions=texts, **columns))
+    marks = [[None if score is None else score == best for score in of_completion] for of_completion in scores]
+    return [list(of_prompt) for of_prompt in zip(*marks, strict=True)]
 
 
 def prompt_key(prompt: str | list[dict]) -> str:
@@ -131,7 +135,7 @@ def prompt_key(prompt: str | list[dict]) -> str:
 
 
 def store_teacher_weight(
-    path: Path, teacher: str, prompts: list, marks: list[list[bool]], known: dict[str, float] | None = None
+    path: Path, teacher: str, prompts: list, marks: list[list[bool | None]], known: dict[str, float] | None = None
 ) -> dict[str, float]:
     """
     Writes down what share of a teacher's answers to each prompt is right, for [`add_teacher_weight`] to read.
@@ -143,15 +147,17 @@ def store_teacher_weight(
             Name or path of the teacher.
         prompts (`list`):
             Prompts, texts or chat messages.
-        marks (`list[list[bool]]`):
-            Whether each answer to each prompt is right.
+        marks (`list[list[bool | None]]`):
+            Whether each answer to each prompt is right. One that can't be judged isn't to be believed.
         known (`dict[str, float]`, *optional*):
             Shares of further prompts.
 
     Returns:
         `dict[str, float]`: the shares, those that were known included.
     """
-    shares = {prompt_key(prompt): sum(right) / len(right) for prompt, right in zip(prompts, marks, strict=True)}
+    shares = {
+        prompt_key(prompt): sum(map(bool, right)) / len(right) for prompt, right in zip(prompts, marks, strict=True)
+    }
     shares = (known or {}) | shares
     settings = {"teacher": teacher, "num_samples": len(marks[0])}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,14 +105,14 @@ def test_backends(monkeypatch):
 
 def test_grade_takes_the_best_reward_only():
     def reward(completions, answer, **kwargs):
-        assert "prompt" not in kwargs
+        assert kwargs["prompts"] == [prompt, prompt] and "prompt" not in kwargs  # as TRL does
         texts = [completion[0]["content"] for completion in completions]
         return [{"right": 3.0, "wrong": -0.5}.get(text) for text in texts]  # `None` where it can't tell
 
     prompt = [{"role": "user", "content": "?"}]
     dataset = make_dataset([2], 2, 0, True).map(lambda row: {"prompt": prompt, "answer": ""})
     marks = grade(dataset, [["right", "wrong", ""], ["", "right", "right"]], reward, best=3.0)
-    assert marks == [[True, False, False], [False, True, True]]
+    assert marks == [[True, False, None], [None, True, True]]
 
 
 def test_scores_by_difficulty(puzzles):
