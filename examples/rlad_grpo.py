@@ -176,9 +176,10 @@ class AccuracyReport(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
-            plan = copy(control)  # an evaluation takes it that what was to be done after this step is done
+            plan = copy(control)  # an evaluation takes what was to be done after this step for done
             scores = measure(self.trainer, self.eval_dataset)
             self.trainer.log({f"accuracy/{difficulty}": values for difficulty, values in scores.items()})
+            self.trainer.model.train()  # or the log of this step would be taken for an evaluation's
             return plan
 
 

@@ -117,7 +117,7 @@ def make_image_dataset(counts, size=16):
     return Dataset.from_list(rows)
 
 
-def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, scale=0.3):
+def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, scale=0.3, positions=4096):
     tokenizer = tokenizer or make_tokenizer()
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -127,7 +127,7 @@ def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, sc
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        max_position_embeddings=4096,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         initializer_range=scale,
         eos_token_id=tokenizer.eos_token_id,

@@ -203,8 +203,14 @@ class GuidedGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args, **kwargs):
         is_waiting = any(map(is_async_callable, self.reward_funcs)) and self._images is None
         with self.during_rewards(*self._rollouts) if is_waiting else nullcontext():
-            self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
+            self._rewards_per_func = rewards = super()._calculate_rewards(*args, **kwargs)
+        if rewards.isinf().any():  # TRL would make an advantage of 0 or of 3e38 of it
+            name = self.reward_func_names[rewards.isinf().any(0).nonzero()[0].item()]
+            raise FloatingPointError(
+                f"The reward function `{name}` has returned an infinite reward. Let it return a number, or `None` where it "
+                "can't judge."
+            )
+        return rewards
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -260,7 +266,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
                 if not metrics["kl"]:  # none that a reward function has logged by this name
                     del metrics["kl"]
             if self.model.training and not loss.isfinite():
-                raise self._not_finite("loss", inputs["advantages"])
+                raise self._not_finite("loss")
             return loss
         finally:
             self._loss_batch = None
@@ -273,14 +279,12 @@ class GuidedGRPOTrainer(GRPOTrainer):
             return norm
         raise self._not_finite("gradient")
 
-    def _not_finite(self, what, advantages=None):
+    def _not_finite(self, what):
         """The error of a step that would leave no student."""
-        causes = "too high a `learning_rate`, or a teacher far from the student without a `teacher_log_ratio_clip`"
-        if advantages is not None and not advantages.isfinite().all():
-            causes = "a reward function that returned inf or NaN, as the advantages aren't finite"
         return FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} isn't finite. Training stops before the update, with the student "
-            f"as it was. The cause may be {causes}."
+            "as it was. The cause may be too high a `learning_rate`, or a teacher far from the student without a "
+            "`teacher_log_ratio_clip`."
         )
 
     def _score_trimmed(self, model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs):

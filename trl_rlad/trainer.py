@@ -31,6 +31,7 @@ from .trrd import TRRDLoss, clip_causes, sequence_log_ratio
 logger = get_logger(__name__)
 
 PROMPTS_TO_MEASURE = 10_000  # within a second
+BATCHES_WITHOUT_SUCCESS = 10  # after these it is said
 
 
 class RLADTrainer(GuidedGRPOTrainer):
@@ -139,6 +140,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         if args.needs_teacher:
             self.teacher_scorer = self._create_teacher_scorer(teacher_model)
             self.add_callback(self.teacher_scorer)
+        self._batches_without_success = 0
         self.run_record = RunRecord(args, self.teacher_scorer and self.teacher_scorer.teacher)
         self.add_callback(self.run_record)
         if args.should_save:
@@ -253,8 +255,21 @@ class RLADTrainer(GuidedGRPOTrainer):
         has_failed = ~(rewards > self.args.success_reward) & ~rewards_per_func.isnan().all(1)
         if self.args.teacher_kl_rows == "all":
             has_failed = torch.ones_like(has_failed)
+        else:
+            self._warn_without_success(rewards)
         size = len(has_failed) // self.accelerator.num_processes
         return has_failed[self.accelerator.process_index * size :][:size]
+
+    def _warn_without_success(self, rewards):
+        highest = rewards.max().item()
+        if highest > self.args.success_reward:
+            self._batches_without_success = float("-inf")
+        self._batches_without_success += 1
+        if self._batches_without_success == BATCHES_WITHOUT_SUCCESS:
+            logger.warning(
+                f"No completion of {BATCHES_WITHOUT_SUCCESS} generation batches has a reward above `success_reward="
+                f"{self.args.success_reward}`, so all of them count as failed. The last batch's highest is {highest:.3g}."
+            )
 
     @property
     def is_distilling(self) -> bool:

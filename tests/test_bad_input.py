@@ -1,0 +1,478 @@
+"""
+Bad input is refused before any training, in a sentence that names the setting and the remedy.
+
+The table below is that of `docs/bad_input.md`, which `python tests/test_bad_input.py` writes.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from trl import GRPOConfig
+
+from trl_rlad import RLADTrainer, TRRDLoss
+
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples")]
+
+import evaluate  # noqa: E402
+import offline_distillation  # noqa: E402
+import rlad_grpo  # noqa: E402
+
+
+DOCS = ROOT / "docs" / "bad_input.md"
+HEAD = """# Bad input
+
+What is refused before training starts, and what the message names. One test walks this table; `python
+tests/test_bad_input.py` writes it.
+
+| where | what | the message names |
+|---|---|---|
+"""
+
+
+class Case(NamedTuple):
+    """Something that is refused."""
+
+    where: str
+    what: str
+    cause: Callable
+    names: tuple[str, ...]
+
+
+CASES: list[Case] = []
+
+
+def refused(where, what, *names):
+    """Register what causes the refusal, a function of the `Place` in which it runs."""
+
+    def register(cause):
+        CASES.append(Case(where, what, cause, names))
+        return cause
+
+    return register
+
+
+class Place:
+    """Where a case runs: a folder, a student, a teacher, and what makes a trainer of them."""
+
+    def __init__(self, folder: Path, student: str, teacher: str, monkeypatch):
+        self.folder, self.student, self.teacher, self.monkeypatch = folder, student, teacher, monkeypatch
+
+    def trainer(self, teacher="", dataset=None, args=None, student=None, trainer_kwargs=None, **kwargs):
+        args = args or tiny.make_config(self.folder / "out", **kwargs)
+        options = {"teacher_model": self.teacher if teacher == "" else teacher} | (trainer_kwargs or {})
+        dataset = tiny.make_dataset() if dataset is None else dataset
+        return RLADTrainer(student or self.student, tiny.reward, args, dataset, **options)
+
+    def copy_of_teacher(self, **kwargs):
+        folder = self.folder / "damaged"
+        tiny.save_model(folder, seed=1, **kwargs)
+        return folder
+
+    def run(self, script, *arguments):
+        arguments = [script.__file__, *arguments]
+        if "--output_dir" not in arguments and script is not evaluate:
+            arguments += ["--output_dir", str(self.folder / "out")]
+        if "--task" in arguments:  # elsewhere the mini task's own file says so
+            arguments += ["--use_cpu", "true", "--bf16", "false"]
+        self.monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        script.main()
+
+
+# The settings, each alone
+nan, inf = float("nan"), float("inf")
+SETTINGS = [
+    ("alpha", -0.1, "[0, 1]"),
+    ("alpha", 1.5, "[0, 1]"),
+    ("alpha", nan, "[0, 1]"),
+    ("alpha", "0.5", "must be a number"),
+    ("alpha", True, "must be a number"),
+    ("alpha", None, "must be a number"),
+    ("teacher_log_ratio_clip", 0.0, "must be positive", "`teacher_log_ratio_clip=None` for no bound"),
+    ("teacher_log_ratio_clip", -1.0, "must be positive"),
+    ("teacher_log_ratio_clip", nan, "must be positive"),
+    ("teacher_credit", "false", "must be True or False"),
+    ("teacher_credit", 1, "must be True or False"),
+    ("trim_padding", "no", "must be True or False"),
+    ("distillation_ratio", 1.1, "[0, 1], a share of training"),
+    ("distillation_ratio", nan, "[0, 1]"),
+    ("distillation_ratio", None, "must be a number"),
+    ("teacher_kl_coef", -0.1, "finite and not negative"),
+    ("teacher_kl_coef", inf, "finite and not negative"),
+    ("teacher_kl_coef", "0.5", "must be a number"),
+    ("teacher_kl_coef_final", nan, "finite and not negative"),
+    ("teacher_kl_estimator", "k1", "'k2' or 'forward'", "doesn't contain the teacher"),
+    ("teacher_kl_estimator", "k3", "'k2' or 'forward'"),
+    ("teacher_kl_rows", "unsolved", "'all' or 'failed'"),
+    ("teacher_top_k", 0, "at least 1", "`teacher_kl_estimator='k2'`"),
+    ("teacher_top_k", 2.5, "whole number"),
+    ("success_reward", nan, "must be finite"),
+    ("success_reward", inf, "must be finite"),
+    ("success_reward", "0.5", "must be a number"),
+    ("teacher_zero_stage", 2, "0 (whole on each process) or 3 (sharded)"),
+    ("teacher_zero_stage", "3", "the number 0"),
+    ("teacher_offload", "disk", "'none' or 'cpu'"),
+    ("teacher_timeout", 0.0, "positive number of seconds"),
+    ("teacher_timeout", 1e12, "at most 1000000"),
+    ("teacher_timeout", nan, "positive number of seconds"),
+    ("teacher_tokens_per_batch", 0, "whole number of at least 1"),
+    ("teacher_tokens_per_batch", 1.5, "whole number"),
+    ("teacher_tokens_per_batch", nan, "whole number"),
+    ("teacher_tokens_per_batch", inf, "whole number"),
+    ("teacher_tokens_per_batch", "9", "must be a number"),
+    ("teacher_model_init_kwargs", 5, "must be a dictionary"),
+    ("teacher_model_init_kwargs", {"device_map": "auto"}, "`teacher_zero_stage=3`"),
+    ("teacher_model_init_kwargs", {"token": "hf_..."}, "`HF_TOKEN`"),
+    ("teacher_model_init_kwargs", {"torch_dtype": "bfloat16"}, "`dtype`"),
+]
+for setting, value, *names in SETTINGS:
+    refused("settings", f"`{setting}={value!r}`", f"`{setting}`", *names)(
+        lambda place, setting=setting, value=value: tiny.make_config(place.folder, **{setting: value})
+    )
+
+
+@refused("settings", "`teacher_credit=True, alpha=1.0`", "`teacher_credit`", "smaller `alpha`")
+def _(place):
+    tiny.make_config(place.folder, teacher_credit=True, alpha=1.0)
+
+
+@refused("settings", "a `revision` in `teacher_model_init_kwargs`, and another", "`teacher_model_revision` alone")
+def _(place):
+    tiny.make_config(place.folder, teacher_model_init_kwargs={"revision": "main"}, teacher_model_revision="v1")
+
+
+@refused("`TRRDLoss`", "`alpha=5`", "`alpha`", "[0, 1]")
+def _(place):
+    TRRDLoss(alpha=5)
+
+
+@refused("`TRRDLoss`", "`teacher_log_ratio_clip=0`", "`teacher_log_ratio_clip`", "positive or `None`")
+def _(place):
+    TRRDLoss(teacher_log_ratio_clip=0)
+
+
+# What is handed to the trainer
+
+
+@refused("trainer", "no teacher", "`alpha=0.5` needs a teacher", "`teacher_model`", "set `alpha=1.0`")
+def _(place):
+    place.trainer(teacher=None)
+
+
+@refused("trainer", '`teacher_model=""` (in YAML, by accident)', "`alpha=0.5` needs a teacher")
+def _(place):
+    RLADTrainer(place.student, tiny.reward, tiny.make_config(place.folder), tiny.make_dataset(), teacher_model="")
+
+
+@refused("trainer", "`teacher=...`", "no argument `teacher`", "passed as `teacher_model`")
+def _(place):
+    place.trainer(trainer_kwargs={"teacher": place.teacher})
+
+
+@refused("trainer", "`teacher_model=3`", "must be a name, a path or a `PreTrainedModel`")
+def _(place):
+    place.trainer(teacher=3)
+
+
+@refused("trainer", "a `GRPOConfig`", "must be an `RLADConfig`")
+def _(place):
+    place.trainer(args=tiny.make_config(place.folder, GRPOConfig))
+
+
+@refused("trainer", "the student as its own teacher", "shares its weights", 'pass "base"')
+def _(place):
+    model = tiny.make_model(0)
+    place.trainer(student=model, teacher=model)
+
+
+@refused("trainer", '`teacher_model="base"` without an adapter', "trains an adapter", "`peft_config`")
+def _(place):
+    place.trainer(teacher="base")
+
+
+@refused("trainer", '`teacher_offload` with `teacher_model="base"`', "`teacher_offload` has no meaning")
+def _(place):
+    lora = LoraConfig(target_modules=["q_proj"], r=2)
+    place.trainer(teacher="base", teacher_offload="cpu", trainer_kwargs={"peft_config": lora})
+
+
+@refused("trainer", "`teacher_zero_stage=3` without DeepSpeed", "needs DeepSpeed", "zero*.yaml")
+def _(place):
+    place.trainer(teacher_zero_stage=3)
+
+
+@refused("trainer", "a quantized teacher, offloaded", "A quantized teacher is whole", "`teacher_offload='none'`")
+def _(place):
+    place.trainer(teacher_offload="cpu", teacher_model_init_kwargs={"quantization_config": {}})
+
+
+@refused("trainer", "an unknown keyword for the teacher", "`teacher_model_init_kwargs={'foo': 1}`")
+def _(place):
+    place.trainer(teacher_model_init_kwargs={"foo": 1})
+
+
+@refused("trainer", "an `output_dir` that can't be written to", "`output_dir=", "can't be written to")
+def _(place):
+    place.trainer(args=tiny.make_config("/proc/self"))
+
+
+@refused("dataset", "`teacher_weight` of 1.5", "`teacher_weight`", "[0, 1]", "has 1.5")
+def _(place):
+    dataset = tiny.make_dataset()
+    place.trainer(dataset=dataset.add_column("teacher_weight", [1.5] * len(dataset)))
+
+
+@refused(
+    "dataset", "prompts and completions longer than the teacher's positions", "64 positions", "`max_completion_length`"
+)
+def _(place):
+    place.trainer(teacher=str(place.copy_of_teacher(positions=64)), max_completion_length=62)
+
+
+# Teachers
+
+
+@refused("teacher", "a folder that isn't there", "`teacher_model='/no/such/folder'`", "There is no such folder")
+def _(place):
+    place.trainer(teacher="/no/such/folder")
+
+
+@refused("teacher", "a name that isn't on the Hub", "`teacher_model='no/such-model'` can't be loaded")
+def _(place):
+    place.trainer(teacher="no/such-model")
+
+
+@refused("teacher", "missing weights: the head", "`teacher_model=", "weights are missing", "lm_head.weight")
+def _(place):
+    folder = place.copy_of_teacher()
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "missing weights: a layer", "`teacher_model=", "weights are missing", "model.layers.1.")
+def _(place):
+    folder = place.copy_of_teacher()
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: value for name, value in weights.items() if ".layers.1." not in name}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "weights of other shapes", "`teacher_model=")
+def _(place):
+    folder = place.copy_of_teacher()
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"][:, :-1].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "NaN among the weights", "`teacher_model`", "aren't finite", "q_proj")
+def _(place):
+    folder = place.copy_of_teacher()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "a weights file cut short", "`teacher_model=", "can't be loaded")
+def _(place):
+    path = place.copy_of_teacher() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    place.trainer(teacher=str(path.parent))
+
+
+@refused("teacher", "a git-lfs pointer in place of the weights", "`teacher_model=", "can't be loaded")
+def _(place):
+    path = place.copy_of_teacher() / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    place.trainer(teacher=str(path.parent))
+
+
+@refused("teacher", "a broken `tokenizer.json`", "No tokenizer found for `teacher_model`", "line 1")
+def _(place):
+    path = place.copy_of_teacher() / "tokenizer.json"
+    path.write_text("{broken")
+    place.trainer(teacher=str(path.parent))
+
+
+@refused("teacher", "no tokenizer", "No tokenizer found for `teacher_model`", "beside its weights")
+def _(place):
+    folder = place.copy_of_teacher()
+    for path in folder.glob("*token*"):
+        path.unlink()
+    place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "a corrupt adapter", "`teacher_model=", "can't be loaded")
+def _(place):
+    folder = place.folder / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "another tokenizer", "ids stand for different tokens", "shares the student's tokenizer")
+def _(place):
+    place.trainer(teacher=tiny.save_model(place.folder / "other", 0, tiny.make_tokenizer(tiny.WORDS[::-1])))
+
+
+@refused("teacher", "a vocabulary smaller than the student's tokenizer", "goes up to token id 31", "has only 20 rows")
+def _(place):
+    place.trainer(teacher=tiny.save_model(place.folder / "small", 0, vocab_size=20))
+
+
+# The examples
+FOLDER_OF_CHECKPOINTS = "an output folder with checkpoints"
+
+
+@refused("`rlad_grpo.py`", "`--task_kwargs '{broken'`", "`--task_kwargs` must be JSON")
+def _(place):
+    place.run(rlad_grpo, "--task", "mini", "--task_kwargs", "{broken")
+
+
+@refused("`rlad_grpo.py`", "`--task_kwargs 3`", "`--task_kwargs`", "settings with names")
+def _(place):
+    place.run(rlad_grpo, "--task_kwargs", "3")
+
+
+for kwargs in ({"n_people": [5]}, {"n_people": [1]}, {"n_people": []}, {"n_people": 3}, {"npeople": [2]}):
+    text = json.dumps(kwargs)
+
+    refused("`rlad_grpo.py`", f"`--task_kwargs '{text}'` of the mini task", "`--task_kwargs`", "some of 2, 3 and 4")(
+        lambda place, text=text: place.run(rlad_grpo, "--task_kwargs", text)
+    )
+
+
+for arguments in ("--train_size -5", "--eval_size 0", "--report_steps 0", "--teacher_samples -1"):
+    refused("`rlad_grpo.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least")(
+        lambda place, arguments=arguments: place.run(rlad_grpo, *arguments.split())
+    )
+
+
+@refused("`rlad_grpo.py`", "`--reward_weights 1 2`", "`--reward_weights`")
+def _(place):
+    place.run(rlad_grpo, "--reward_weights", 1, 2)
+
+
+@refused("`rlad_grpo.py`", "a task without a student", "`--model_name_or_path`")
+def _(place):
+    place.run(rlad_grpo, "--task", "chain_sum")
+
+
+@refused("`rlad_grpo.py`", "`--task chainsum`", "chain_sum")
+def _(place):
+    place.run(rlad_grpo, "--task", "chainsum", "--model_name_or_path", place.student)
+
+
+@refused(
+    "`rlad_grpo.py`", "`--resume_from_checkpoint` of a folder that isn't there", "there is no checkpoint in /no/such"
+)
+def _(place):
+    place.run(rlad_grpo, "--resume_from_checkpoint", "/no/such")
+
+
+@refused("`rlad_grpo.py`", "`--resume_from_checkpoint true` without checkpoints", "there is no checkpoint in")
+def _(place):
+    place.run(rlad_grpo, "--resume_from_checkpoint", "true")
+
+
+@refused("`rlad_grpo.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
+def _(place):
+    (place.folder / "out" / "checkpoint-5").mkdir(parents=True)
+    place.run(rlad_grpo)
+
+
+@refused("`offline_distillation.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
+def _(place):
+    (place.folder / "out" / "checkpoint-5").mkdir(parents=True)
+    place.run(offline_distillation)
+
+
+for arguments in ("--num_prompts 0", "--eval_size 0", "--samples_per_prompt 0"):
+    refused("`offline_distillation.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least 1")(
+        lambda place, arguments=arguments: place.run(offline_distillation, *arguments.split())
+    )
+
+
+@refused(
+    "`offline_distillation.py`", "an output folder that can't be written to", "`output_dir=", "can't be written to"
+)
+def _(place):
+    place.run(offline_distillation, "--output_dir", "/proc/self")
+
+
+@refused("`offline_distillation.py`", "a student that isn't there", "/no/such/student")
+def _(place):
+    place.monkeypatch.setattr(offline_distillation, "collect", None)  # before the teacher samples
+    place.run(offline_distillation, "--task", "mini", "--model_name_or_path", "/no/such/student")
+
+
+@refused(
+    "`offline_distillation.py`",
+    "samples of other settings in the output folder",
+    "was asked otherwise",
+    "`--output_dir`",
+)
+def _(place):
+    place.monkeypatch.setattr(offline_distillation, "collect", None)
+    path = place.folder / "out" / "teacher_samples.json"
+    path.parent.mkdir()
+    path.write_text('{"settings": {"num_prompts": 7}, "counts": {}}')
+    place.run(offline_distillation, "--eval_size", 1)
+
+
+@refused("`evaluate.py`", "`--num_samples 2 --k 3`", "from 1 to `num_samples` = 2")
+def _(place):
+    place.run(evaluate, "--num_samples", 2, "--k", 3)
+
+
+@refused("`evaluate.py`", "`--eval_size 0`", "`--eval_size` must be at least 1")
+def _(place):
+    place.run(evaluate, "--eval_size", 0)
+
+
+@refused("`evaluate.py`", "an `--output` that can't be written", "can't be written to")
+def _(place):
+    place.run(evaluate, "--output", "/proc/self/scores.json")
+
+
+def render():
+    rows = [f"| {c.where} | {c.what} | {' ... '.join(c.names)} |" for c in CASES]
+    return HEAD + "\n".join(rows).replace("{", "&#123;") + "\n"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.where}: {case.what}".replace("`", ""))
+def test_bad_input_is_refused(case, tmp_path, student_path, teacher_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def train(*args, **kwargs):
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr("transformers.Trainer.train", train)
+    with pytest.raises((OSError, TypeError, ValueError)) as caught:
+        case.cause(Place(tmp_path, student_path, teacher_path, monkeypatch))
+    message = str(caught.value)
+    assert all(name in message for name in case.names), message
+    assert "hf_..." not in message
+
+
+def test_the_table_in_the_docs():
+    assert len(CASES) >= 60
+    assert DOCS.read_text() == render()
+
+
+if __name__ == "__main__":
+    DOCS.write_text(render())
+    print(f"Wrote {len(CASES)} rows to {DOCS.relative_to(ROOT)}")

@@ -1,0 +1,300 @@
+"""What could go wrong without a word: judged by what is trained, logged and said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, MambaConfig, TrainerCallback
+
+from trl_rlad import RLADTrainer
+from trl_rlad.teachers.local import longest_input
+
+
+def make_trainer(student, teacher, folder, reward=tiny.reward, callbacks=None, eval_dataset=None, **kwargs):
+    args = tiny.make_config(folder, **kwargs)
+    return RLADTrainer(
+        student, reward, args, tiny.make_dataset(), eval_dataset, callbacks=callbacks, teacher_model=teacher
+    )
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+# Rewards of `None`
+
+
+def test_what_a_reward_function_cannot_judge_is_no_failure(student_path, teacher_path, tmp_path):
+    def sometimes(completions, **kwargs):  # right, not judged, right, not judged, of one prompt; then never judged
+        return [1.0 if i % 8 in (0, 2) else None for i in range(len(completions))]
+
+    def half(completions, **kwargs):
+        return [float(i % 2) for i in range(len(completions))]
+
+    trainer = make_trainer(
+        student_path,
+        teacher_path,
+        tmp_path,
+        [sometimes, half],
+        eval_dataset=tiny.make_dataset(4),
+        num_generations_eval=4,
+        per_device_eval_batch_size=8,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/sometimes/pass@1"] == 1.0
+    assert "eval_rewards/sometimes/pass@4" not in metrics  # no prompt has four that are judged
+    assert (metrics["eval_rewards/half/pass@1"], metrics["eval_rewards/half/pass@4"]) == (0.5, 1.0)
+
+
+def test_only_what_is_known_to_have_failed_counts_as_failed(make_trainer):
+    trainer = make_trainer(teacher_kl_coef=0.1, teacher_kl_rows="failed")
+    nan = float("nan")
+    rewards = torch.tensor([[1.0], [0.0], [nan], [-1.0]])
+    assert trainer._select_kl_rows(rewards).tolist() == [False, True, False, True]
+
+
+def test_a_reward_that_never_succeeds_is_said_so(student_path, teacher_path, tmp_path, caplog):
+    kwargs = {"teacher_kl_coef": 0.1, "teacher_kl_rows": "failed", "max_steps": 12}
+    make_trainer(student_path, teacher_path, tmp_path, success_reward=7.0, **kwargs).train()
+    assert caplog.text.count("No completion of 10 generation batches has a reward above `success_reward=7.0`") == 1
+    caplog.clear()
+    make_trainer(student_path, teacher_path, tmp_path, **kwargs).train()
+    assert "generation batches" not in caplog.text
+
+
+# Settings that move
+
+
+class Raise(TrainerCallback):
+    """Sets the coefficient of the divergence at a step."""
+
+    def __init__(self, step, **values):
+        self.step, self.values = step, values
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            vars(args).update(self.values)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "forward"])
+def test_a_coefficient_that_rises_within_a_generation_batch(estimator, student_path, teacher_path, tmp_path):
+    # With two iterations, batches are made before steps 0, 2 and 4: the rise at step 1 is felt from step 2 on
+    kwargs = {"num_iterations": 2, "max_steps": 6, "teacher_kl_estimator": estimator}
+    callbacks = [Raise(1, teacher_kl_coef=0.5)]
+    trainer = make_trainer(student_path, teacher_path, tmp_path, callbacks=callbacks, **kwargs)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["teacher/kl" in log for log in logs] == [False, False, True, True, True, True]
+    plain = make_trainer(student_path, teacher_path, tmp_path, **kwargs)
+    plain.train()
+    assert losses(trainer)[:2] == losses(plain)[:2] and losses(trainer)[2] != losses(plain)[2]
+
+
+def test_a_coefficient_that_rises_without_a_teacher(student_path, tmp_path):
+    trainer = make_trainer(student_path, None, tmp_path, alpha=1.0, callbacks=[Raise(1, teacher_kl_coef=0.5)])
+    with pytest.raises(RuntimeError, match="made without a teacher.*`teacher_model`"):
+        trainer.train()
+
+
+def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, teacher_path, tmp_path):
+    trainer = make_trainer(
+        student_path,
+        teacher_path,
+        tmp_path,
+        alpha=0.5,
+        distillation_ratio=0.4,
+        teacher_kl_estimator="forward",
+        max_steps=5,
+    )
+    score, asked = trainer.teacher_scorer.score, []
+
+    def watch(batch, mask, top_k):
+        asked.append(top_k)
+        return score(batch, mask, top_k)
+
+    trainer.teacher_scorer.score = watch
+    trainer.train()
+    assert asked == [8, 8, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"teacher_kl_rows": "failed"}, "`teacher_kl_rows` has no effect without a divergence"),
+        ({"teacher_kl_estimator": "forward", "teacher_top_k": 4}, "`teacher_kl_estimator`, `teacher_top_k` has no effect"),
+        ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "Choose a multiple of 2"),
+        ({"save_strategy": "steps", "save_steps": 2, "steps_per_generation": 4, "num_iterations": 3,
+          "gradient_accumulation_steps": 2}, "Choose a multiple of 6"),
+        ({"teacher_kl_rows": "failed", "distillation_ratio": 0.5}, None),
+        ({"teacher_kl_rows": "failed", "teacher_kl_coef_final": 0.5}, None),
+        ({"save_strategy": "steps", "save_steps": 4, "num_iterations": 2}, None),
+        ({"save_strategy": "steps", "save_steps": 0.5, "num_iterations": 2}, None),
+    ],
+)  # fmt: skip
+def test_what_is_only_warned_about(kwargs, message, tmp_path, recwarn):
+    tiny.make_config(tmp_path, **kwargs)
+    said = [str(w.message) for w in recwarn if "no effect" in str(w.message) or "multiple of" in str(w.message)]
+    assert bool(said) == (message is not None) and (not said or message in said[0])
+
+
+# Metrics
+
+
+def test_a_users_metric_named_kl_stays(student_path, teacher_path, tmp_path):
+    def reward(completion_ids, log_metric, **kwargs):
+        log_metric("kl", 7.0)
+        return tiny.reward(completion_ids)
+
+    trainer = make_trainer(student_path, teacher_path, tmp_path, reward, teacher_kl_coef=0.1, num_iterations=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    # Logged with each generation batch, and by TRL not in between
+    assert [log.get("kl") for log in logs] == [7.0, None, 7.0, None, 7.0]
+
+
+# Teachers
+
+
+def test_a_teacher_that_is_put_back_to_training_has_no_dropout(student_path, tmp_path):
+    teacher = tiny.make_model(1)
+    teacher.config.attention_dropout = 0.5
+    for layer in teacher.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    teacher.config._name_or_path = student_path  # its tokenizer
+    trainer = make_trainer(student_path, teacher, tmp_path)
+    rows = [torch.arange(4, 9)], [torch.arange(9, 20)]
+    scorer = trainer.teacher_scorer.teacher
+    with scorer.placed():
+        expected = scorer.score(*rows)[0].logps
+    teacher.train()
+    with scorer.placed():
+        assert torch.equal(scorer.score(*rows)[0].logps, expected)
+
+
+def test_a_rollout_longer_than_the_teachers_positions(student_path, tmp_path):
+    # A stream isn't looked at beforehand
+    teacher = tiny.save_model(tmp_path / "teacher", seed=1, positions=9)
+    args = tiny.make_config(tmp_path)
+    dataset = tiny.make_dataset().to_iterable_dataset()
+    trainer = RLADTrainer(student_path, tiny.reward, args, dataset, teacher_model=teacher)
+    with pytest.raises(ValueError, match=r"A rollout has 1\d tokens .* knows only 9 positions. Lower `max_comp"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({}, 4096),
+        ({"rope_type": "default", "rope_theta": 1e4}, 4096),
+        # by the positions of the model times the factor, which the config may or may not have taken into account
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096),
+        ({"rope_type": "dynamic", "factor": 2.0}, float("inf")),
+        ({"full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
+    ],
+)
+def test_the_longest_text_that_a_model_can_read(rope, expected, student_path):
+    config = AutoConfig.from_pretrained(student_path)
+    config.rope_parameters = rope
+    assert longest_input(config) == expected
+
+
+def test_a_model_without_positions_reads_anything():
+    assert longest_input(MambaConfig()) == float("inf")
+
+
+def test_the_teacher_is_found_where_it_is_said_to_be(student_path, tmp_path):
+    tiny.save_model(tmp_path / "family" / "small", seed=1)
+    kwargs = {"subfolder": "small"}
+    trainer = make_trainer(student_path, str(tmp_path / "family"), tmp_path, teacher_model_init_kwargs=kwargs)
+    assert len(trainer.teacher_scorer.teacher.tokenizer) == 32
+
+
+def test_trusting_the_students_code_is_not_trusting_the_teachers(student_path, teacher_path, tmp_path):
+    teacher = make_trainer(student_path, teacher_path, tmp_path, trust_remote_code=True).teacher_scorer.teacher
+    assert not teacher.init_kwargs.get("trust_remote_code") and "trust_remote_code" not in teacher.hub_kwargs
+    kwargs = {"trust_remote_code": True}
+    teacher = make_trainer(
+        student_path, teacher_path, tmp_path, teacher_model_init_kwargs=kwargs
+    ).teacher_scorer.teacher
+    assert teacher.init_kwargs["trust_remote_code"] and teacher.hub_kwargs["trust_remote_code"]
+
+
+# Steps that would leave no student
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf")])
+def test_an_infinite_reward_stops_training(bad, student_path, teacher_path, tmp_path):
+    def broken_reward(completion_ids, trainer_state, **kwargs):
+        rewards = tiny.reward(completion_ids)
+        return [bad, *rewards[1:]] if trainer_state.global_step == 2 else rewards
+
+    trainer = make_trainer(student_path, teacher_path, tmp_path, [tiny.reward, broken_reward])
+    with pytest.raises(FloatingPointError, match="`broken_reward` has returned an infinite reward.*`None`"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_loss_that_is_not_finite_stops_training_before_the_update(student_path, teacher_path, tmp_path):
+    trainer = make_trainer(student_path, teacher_path, tmp_path, teacher_kl_coef=0.1)
+    get_penalty, weights = trainer.get_penalty, []
+
+    def poisoned(per_token_logps, batch):
+        penalty = get_penalty(per_token_logps, batch)
+        if trainer.state.global_step == 2:
+            weights.extend(p.detach().clone() for p in trainer.model.parameters())
+            penalty[0, 0] = float("nan")
+        return penalty
+
+    trainer.get_penalty = poisoned
+    with pytest.raises(FloatingPointError, match="loss of step 3 isn't finite. Training stops before the update"):
+        trainer.train()
+    assert all(torch.equal(*pair) for pair in zip(weights, trainer.model.parameters(), strict=True))
+
+
+def test_a_far_teacher_without_a_bound_stops_training_before_the_update(student_path, tmp_path):
+    teacher = tiny.save_model(tmp_path / "teacher", seed=1, scale=30.0)  # of extreme logits
+    trainer = make_trainer(student_path, teacher, tmp_path, alpha=0.0, teacher_log_ratio_clip=None)
+    with pytest.raises(FloatingPointError, match="isn't finite.*without a `teacher_log_ratio_clip`"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+# Resumption
+
+
+@pytest.fixture(scope="module")
+def checkpoint(student_path, teacher_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(student_path, teacher_path, folder, max_steps=2, save_strategy="steps", save_steps=2).train()
+    return folder / "checkpoint-2"
+
+
+def test_a_checkpoint_knows_its_run(checkpoint, teacher_path):
+    record = json.loads((checkpoint / "rlad.json").read_text())
+    assert record["teacher"]["name"] == Path(teacher_path).name and record["teacher"]["temperature"] == 1.0
+    assert record["settings"]["alpha"] == 0.5 and "teacher_timeout" not in record["settings"]
+
+
+def test_another_teacher_is_refused(checkpoint, student_path, teacher_path, tmp_path):
+    for teacher, kwargs in ((student_path, {}), (teacher_path, {"temperature": 0.7}), (None, {"alpha": 1.0})):
+        trainer = make_trainer(student_path, teacher, tmp_path, max_steps=3, **kwargs)
+        with pytest.raises(ValueError, match=r"another teacher: .* delete .*rlad\.json"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_another_objective_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):
+    trainer = make_trainer(student_path, teacher_path, tmp_path, max_steps=3, alpha=0.7, teacher_kl_coef=0.1)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "settings have changed: `alpha` from 0.5 to 0.7, `teacher_kl_coef` from 0.0 to 0.1." in caplog.text
+    caplog.clear()
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=3, teacher_timeout=60.0).train(str(checkpoint))
+    assert "settings have changed" not in caplog.text
+
+
+def test_the_last_checkpoint_is_compared_too(student_path, teacher_path, tmp_path):
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="another teacher"):
+        make_trainer(student_path, student_path, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
