@@ -31,11 +31,10 @@ from mini import knights_knaves
 from reasoning_tasks import load_task
 from sampling import add_teacher_weight
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_rlad import RLADConfig, RLADTrainer
+from trl_rlad.checkpoints import last_checkpoint
 
 
 MINI = Path(__file__).parent / "mini"
@@ -116,7 +115,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
     Raises a `ValueError` if there is none, or if there are some and training was not to go on from them.
     """
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = last_checkpoint(args.output_dir)
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         if last is not None:
@@ -126,7 +125,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             )
         return None
     checkpoint = last if str(wanted).lower() == "true" else wanted
-    if checkpoint is None or not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+    if checkpoint is None or not Path(checkpoint).is_dir():
         where = args.output_dir if checkpoint is None else checkpoint
         raise ValueError(f"`--resume_from_checkpoint {wanted}`: there is no checkpoint in {where}.")
     return checkpoint

@@ -77,6 +77,11 @@ class Place:
         tiny.save_model(folder, seed=1, **kwargs)
         return folder
 
+    def make_checkpoint(self):
+        folder = self.folder / "out" / "checkpoint-5"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+
     def run(self, script, *arguments):
         arguments = [script.__file__, *arguments]
         if "--output_dir" not in arguments and script is not evaluate:
@@ -390,13 +395,13 @@ def _(place):
 
 @refused("`rlad_grpo.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
 def _(place):
-    (place.folder / "out" / "checkpoint-5").mkdir(parents=True)
+    place.make_checkpoint()
     place.run(rlad_grpo)
 
 
 @refused("`offline_distillation.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
 def _(place):
-    (place.folder / "out" / "checkpoint-5").mkdir(parents=True)
+    place.make_checkpoint()
     place.run(offline_distillation)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, MambaConfig, TrainerCallback
 
 from trl_rlad import RLADTrainer
+from trl_rlad.checkpoints import last_checkpoint
 from trl_rlad.teachers.local import longest_input
 
 
@@ -263,6 +264,21 @@ def test_a_far_teacher_without_a_bound_stops_training_before_the_update(student_
 
 
 # Resumption
+
+
+def test_a_torn_checkpoint_is_passed_over(student_path, teacher_path, tmp_path):
+    kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(student_path, teacher_path, tmp_path, **kwargs)
+    trainer.train()
+    expected = [p.detach().clone() for p in trainer.model.parameters()]
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()  # the last file that is written
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": 1')
+    resumed = make_trainer(student_path, teacher_path, tmp_path, **kwargs)
+    with pytest.warns(UserWarning, match="checkpoint-3 was not written to its end"):
+        resumed.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in resumed.state.log_history if "loss" in log] == [1, 2, 3, 4]
+    assert all(torch.equal(*pair) for pair in zip(expected, resumed.model.parameters(), strict=True))
+    assert last_checkpoint(tmp_path / "nowhere") is None
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
-from os import PathLike
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryFile
@@ -14,13 +13,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from ._trl import CLIPPED_LOSS_TYPES, GuidedGRPOTrainer, get_config_model_id, patched
+from .checkpoints import RunRecord, last_checkpoint
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
-from .run_record import RunRecord
 from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
@@ -148,10 +146,10 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint:
-            is_named = isinstance(resume_from_checkpoint, (str, PathLike))
-            checkpoint = resume_from_checkpoint if is_named else get_last_checkpoint(self.args.output_dir)
-            if checkpoint is not None:  # or transformers says that there is none
-                self.run_record.compare(checkpoint)
+            if resume_from_checkpoint is True:  # with none at all, transformers says so
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is not True:
+                self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _create_teacher_scorer(self, teacher_model: str | PreTrainedModel) -> TeacherScorer:

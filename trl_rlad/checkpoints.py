@@ -1,6 +1,7 @@
-"""What a checkpoint knows of its run, so that another teacher or objective doesn't go on from it without a word."""
+"""Checkpoints that a run can go on from: whole ones, and of the same teacher and objective."""
 
 import json
+import warnings
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig
 
 from .config import RLADConfig
@@ -24,6 +26,18 @@ _WITHOUT_EFFECT = {
     "teacher_zero_stage",
     "trim_padding",
 }
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, or `None`. A killed run may leave a torn one."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda path: -int(path.name.partition("-")[2])):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # what transformers writes last
+            return str(folder)
+        except (OSError, ValueError):
+            warnings.warn(f"{folder} was not written to its end, so it is passed over.", stacklevel=2)
+    return None
 
 
 def describe_teacher(teacher: LocalTeacher, temperature: float) -> dict[str, Any]:
