@@ -84,10 +84,13 @@ def main(
     resume=None,  # from the last checkpoint
     hang=None,  # this rank never comes back from its teacher
     absent=None,  # this rank never comes to the scoring
+    lost=None,  # this rank doesn't find the teacher
     reward="reward",  # its name in `tiny`
     **kwargs,
 ):
     torch.set_num_threads(1)
+    if lost is not None and lost == int(os.environ["RANK"]):
+        teacher = "/no/such/teacher"
     config = tiny.make_config(output_dir, **{"max_steps": 3, "teacher_tokens_per_batch": 50, **kwargs})
     trainer = RLADTrainer(
         student,
@@ -110,7 +113,7 @@ def main(
         most = watch_parameters(teacher.model)
     if not lora:  # under ZeRO and FSDP the student is only prepared by training
         batch, tokens = make_ragged_batch(rank), count_scored_tokens(teacher)
-        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"])
+        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"], trainer._top_k)
         result |= {"scores": scores["teacher_per_token_logps"].tolist(), "tokens": sum(tokens)}
         if "teacher_top_ids" in scores:
             torch.save(scores, Path(output_dir, f"scores_{rank}.pt"))

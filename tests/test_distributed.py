@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,14 @@ def test_an_absent_rank_is_named(tmp_path, paths):
     assert run.returncode != 0
     assert "Rank 0 waited 3 s in vain for the other ranks to start call 1 of TeacherScorer.score" in run.stderr
     assert "Ranks 1 failed to pass monitoredBarrier" in run.stderr
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_a_teacher_that_one_rank_cannot_load_ends_all(config, tmp_path, paths):
+    start = time.monotonic()
+    run = launch(tmp_path, config, check=False, lost=1, **paths)
+    assert run.returncode != 0 and time.monotonic() - start < 120.0
+    assert "`teacher_model='/no/such/teacher'` can't be loaded" in run.stderr
 
 
 NAMED = {"teacher_kl_estimator": "forward", "teacher_kl_coef": 1.0, "teacher_top_k": 4, "alpha": 0.5}

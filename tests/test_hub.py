@@ -17,7 +17,14 @@ from trl_rlad import RLADTrainer
 
 student, teacher, output_dir, token = sys.argv[1:5]
 config = tiny.make_config(
-    output_dir, max_steps=1, push_to_hub=True, hub_model_id="tester/pupil", hub_token=token, hub_strategy="end"
+    output_dir,
+    max_steps=1,
+    push_to_hub=True,
+    hub_model_id="tester/pupil",
+    hub_token=token,
+    hub_strategy="end",
+    save_strategy="steps",
+    save_steps=1,
 )
 trainer = RLADTrainer(student, tiny.reward, config, tiny.make_dataset(), teacher_model=teacher)
 trainer.train()
@@ -68,6 +75,12 @@ def test_card_weights_and_tokenizer_arrive(hub, tmp_path, student_path, teacher_
     ):
         assert expected in card, expected
     assert str(tmp_path) not in card and teacher_path not in card, "a local path has left the machine"
+
+    # The token is nowhere: not in the folder, its checkpoint or the pickled arguments, nor on the Hub, nor in the log
+    written = [path.read_bytes() for path in output_dir.rglob("*") if path.is_file()]
+    said = [pushed.stdout.encode(), pushed.stderr.encode()]
+    assert (output_dir / "checkpoint-1" / "training_args.bin").exists()
+    assert not any(hub.token.encode() in data for data in [*written, *hub.repos["tester/pupil"].values(), *said])
 
     loaded = run(hub, tmp_path / "another_home", LOAD, output_dir)
     assert loaded.returncode == 0, loaded.stderr

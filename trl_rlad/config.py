@@ -361,6 +361,10 @@ class RLADConfig(GRPOConfig):
         """Whether the teacher has a say at any time."""
         return self.alpha < 1.0 or self.has_teacher_kl
 
+    def __getstate__(self):
+        # transformers pickles the arguments into each checkpoint, and uploads them
+        return {**self.__dict__, "hub_token": None}
+
     def to_dict(self):
         # It is written as JSON, where a `BitsAndBytesConfig` has no place; transformers minds `model_init_kwargs` only
         values = super().to_dict()
