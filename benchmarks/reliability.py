@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -85,9 +86,17 @@ def start(folder, steps):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "log.txt").open("a"))
 
 
+def newest(folder):
+    """The checkpoint of the highest step, torn or whole."""
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
 def kill_again_and_again(folder, kills, steps, rng):
-    """Kill a run at random moments. Returns what it was at each time, and whether it ended as an undisturbed one."""
-    whole, killed, moments = folder / "whole", folder / "killed", []
+    """
+    Kill a run at random moments. Returns for each whether its newest checkpoint was torn, and whether the run ended as an
+    undisturbed one.
+    """
+    whole, killed, torn = folder / "whole", folder / "killed", []
     for each in (whole, killed):
         shutil.rmtree(each, ignore_errors=True)
         each.mkdir(parents=True)
@@ -95,21 +104,20 @@ def kill_again_and_again(folder, kills, steps, rng):
         raise RuntimeError(f"The undisturbed run failed: {(whole / 'log.txt').read_text()[-2000:]}")
     bar = tqdm(total=kills, desc="Kills")
     while not (killed / "done" / "model.safetensors").exists():
-        process, before = start(killed, steps), last_checkpoint(killed)
-        if len(moments) < kills:
-            # From its next checkpoint on, which it may be writing, within the time of a few steps
-            while last_checkpoint(killed) == before and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0.0, 0.4))
+        find = newest if len(torn) % 2 else last_checkpoint  # every other time while it writes a checkpoint
+        before, process = find(killed), start(killed, steps)
+        if len(torn) < kills:
+            while find(killed) == before and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0.0, 0.02 if find is newest else 0.4))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            newest = max(killed.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-            moments.append({"checkpoint": last_checkpoint(killed), "torn": str(newest) != last_checkpoint(killed)})
+            torn.append(str(newest(killed)) != last_checkpoint(killed))
             bar.update()
         elif process.wait() != 0:
             raise RuntimeError(f"The run did not go on: {(killed / 'log.txt').read_text()[-2000:]}")
     weights = [load_file(each / "done" / "model.safetensors") for each in (whole, killed)]
-    return moments, all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return torn, all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 class Watch(TrainerCallback):
@@ -156,11 +164,9 @@ def main():
         train(args.folder, args.train, save_strategy="steps", save_steps=1, save_total_limit=3)
     if args.kills:
         # About a step between two kills, and some to spare
-        moments, same = kill_again_and_again(args.folder, args.kills, 4 * args.kills, random.Random(args.seed))
-        torn = sum(moment["torn"] for moment in moments)
-        print(
-            f"{len(moments)} kills, {torn} of them while a checkpoint was written. Same weights to the last bit: {same}"
-        )
+        with warnings.catch_warnings(action="ignore"):  # that a checkpoint was torn
+            torn, same = kill_again_and_again(args.folder, args.kills, 4 * args.kills, random.Random(args.seed))
+        print(f"{len(torn)} kills, {sum(torn)} of them tore a checkpoint. Same weights to the last bit: {same}")
     if args.soak:
         folder = args.folder / "soak"
         shutil.rmtree(folder, ignore_errors=True)
