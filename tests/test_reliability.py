@@ -1,6 +1,8 @@
 """What could go wrong without a word: judged by what is trained, logged and said."""
 
 import json
+import resource
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -314,3 +316,57 @@ def test_the_last_checkpoint_is_compared_too(student_path, teacher_path, tmp_pat
     make_trainer(student_path, teacher_path, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="another teacher"):
         make_trainer(student_path, student_path, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+# Faults
+
+
+@contextmanager
+def largest_file(size):
+    """A disk that has no room for a file of more than `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class FillTheDisk(TrainerCallback):
+    """Leaves no room for the optimizer's file after the first checkpoint."""
+
+    def __init__(self, stack):
+        self.stack = stack
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            size = Path(args.output_dir, "checkpoint-2", "optimizer.pt").stat().st_size
+            self.stack.enter_context(largest_file(size - 1))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(student_path, teacher_path, tmp_path):
+    kwargs = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(student_path, teacher_path, tmp_path / "whole", **kwargs)
+    whole.train()
+    with ExitStack() as stack, pytest.raises((OSError, RuntimeError)):
+        make_trainer(student_path, teacher_path, tmp_path / "full", callbacks=[FillTheDisk(stack)], **kwargs).train()
+    resumed = make_trainer(student_path, teacher_path, tmp_path / "full", **kwargs)
+    with pytest.warns(UserWarning, match="checkpoint-4 was not written to its end"):
+        resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(*pair) for pair in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_row_of_32k_tokens(student_path, tmp_path):
+    # Against the same text in one pass over the model, a chunk of logits at a time
+    teacher = tiny.save_model(tmp_path / "teacher", seed=1, positions=2**15)
+    scorer = make_trainer(student_path, teacher, tmp_path).teacher_scorer.teacher
+    ids = torch.randint(4, 32, (2**15,), generator=torch.Generator().manual_seed(0))
+    with scorer.placed():
+        logps = scorer.score([ids[:100]], [ids[100:]])[0].logps
+        with torch.no_grad():
+            states = scorer.model.base_model(input_ids=ids[None]).last_hidden_state[0, 99:-1]
+    expected = [scorer.model.lm_head(chunk).log_softmax(-1) for chunk in states.split(1024)]
+    expected = torch.cat(expected).gather(1, ids[100:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-4)

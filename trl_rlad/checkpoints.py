@@ -42,11 +42,12 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 def describe_teacher(teacher: LocalTeacher, temperature: float) -> dict[str, Any]:
     """What tells one teacher from another: its name, commit on the Hub, vocabulary, and the temperature at which it scores."""
-    vocabulary = json.dumps(sorted(teacher.tokenizer.get_vocab().items()))
+    vocabulary = teacher.tokenizer.get_vocab()
+    tokens = "\0".join(sorted(vocabulary, key=vocabulary.get))
     return {
         "name": teacher.name,
         "commit": getattr(teacher.config, "_commit_hash", None),
-        "tokenizer": sha256(vocabulary.encode()).hexdigest(),
+        "tokenizer": sha256(tokens.encode()).hexdigest(),
         "temperature": temperature,
     }
 

@@ -1,6 +1,6 @@
-"""What student and teacher must agree on: the meaning of every token id the student can emit, and of images."""
+"""What student and teacher must agree on: the meaning of every token id the student can emit, of images, and the length."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -73,6 +73,26 @@ def find_shared_ids(
     """
     shared = set(student.get_vocab().values()) & set(teacher.get_vocab().values()) - set(unknown_ids)
     return sorted(shared - ({teacher.eos_token_id} - set(eos_token_ids)))
+
+
+def longest_prompt(prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Number of tokens of about the longest prompt, without what a chat template adds: of those with the most characters.
+
+    Args:
+        prompts (`Sequence[str | list[dict]]`):
+            Texts or chat messages, of which only the text counts.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that measures them.
+    """
+
+    def text_of(prompt):
+        contents = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
+        parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+        return " ".join(part.get("text") or "" for content in parts for part in content)
+
+    texts = sorted(map(text_of, prompts), key=len)[-8:]
+    return max(map(len, tokenizer(texts)["input_ids"])) if texts else 0
 
 
 def find_image_problem(student: ProcessorMixin, teacher: ProcessorMixin) -> str | None:

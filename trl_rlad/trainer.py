@@ -22,7 +22,7 @@ from .lm_head import LMHead
 from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
-from .token_contract import find_shared_ids, find_unknown_ids
+from .token_contract import find_shared_ids, find_unknown_ids, longest_prompt
 from .trrd import TRRDLoss, clip_causes, sequence_log_ratio
 
 
@@ -197,8 +197,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         # A stream isn't looked at: it may be slow, or move on
         rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else ()
         prompts = rows[:PROMPTS_TO_MEASURE]["prompt"] if rows else ()
-        texts = sorted(map(prompt_text, prompts), key=len)[-8:]
-        prompt_length = max(map(len, self.tokenizer(texts)["input_ids"])) if texts else 0
+        prompt_length = longest_prompt(prompts, self.tokenizer)
         longest = prompt_length + (self.max_completion_length or 0)
         if longest > teacher.max_length:
             raise ValueError(
@@ -384,17 +383,6 @@ class RLADTrainer(GuidedGRPOTrainer):
             path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
             card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
             path.write_text(card, encoding="utf-8")
-
-
-def prompt_text(prompt: str | list[dict]) -> str:
-    """The text of a prompt, without what a chat template adds to it."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = [message["content"] or "" for message in prompt]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    return " ".join(
-        [content for content in contents if isinstance(content, str)] + [p.get("text") or "" for p in parts]
-    )
 
 
 def check_writable(folder: str):
