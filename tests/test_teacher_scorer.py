@@ -69,7 +69,7 @@ def test_scores_equal_single_unpadded_forwards(temperature, tokens_per_batch, tm
 class CountingTeacher:
     """Stands in for a teacher, to see what it is asked for."""
 
-    vocab_size = 32
+    vocab_size, max_length = 32, float("inf")
     shares_prompts = is_sharded = False
 
     def __init__(self, value=-1.0):
