@@ -113,9 +113,9 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
     )
     score, asked = trainer.teacher_scorer.score, []
 
-    def watch(batch, mask, top_k):
+    def watch(batch, mask, top_k, prompts):
         asked.append(top_k)
-        return score(batch, mask, top_k)
+        return score(batch, mask, top_k, prompts)
 
     trainer.teacher_scorer.score = watch
     trainer.train()
