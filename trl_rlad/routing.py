@@ -1,11 +1,27 @@
 """Several teachers, each for the rows that name it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from .teacher_scorer import TeacherScorer
+
+
+def teacher_numbers(teacher_ids: Iterable[str | None], names: Collection[str]) -> torch.Tensor:
+    """
+    Numbers, among `names`, of the teachers that rows have in their column `teacher_id`, `int64`.
+
+    Raises:
+        `ValueError`: if one of them is no teacher.
+    """
+    numbers, teacher_ids = {name: number for number, name in enumerate(names)}, list(teacher_ids)
+    if unknown := set(teacher_ids) - numbers.keys():
+        raise ValueError(
+            f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. Those of `teacher_model` "
+            f"are {', '.join(map(repr, numbers))}."
+        )
+    return torch.tensor([numbers[name] for name in teacher_ids], dtype=torch.long)
 
 
 class RoutedScorer:
@@ -29,17 +45,6 @@ class RoutedScorer:
         """Let the weights of all teachers go."""
         for scorer in self.scorers.values():
             scorer.release()
-
-    def find(self, names: Iterable[str | None]) -> torch.Tensor:
-        """Numbers of the teachers of these names, `int64`. Raises a `ValueError` at a name that none has."""
-        numbers = {name: number for number, name in enumerate(self.scorers)}
-        names = list(names)
-        if unknown := set(names) - numbers.keys():
-            raise ValueError(
-                f"The dataset's column `teacher_id` has {sorted(map(repr, unknown))[0]}, which is no teacher. Those of "
-                f"`teacher_model` are {', '.join(map(repr, numbers))}."
-            )
-        return torch.tensor([numbers[name] for name in names], dtype=torch.long)
 
     def score(
         self,

@@ -19,7 +19,7 @@ from .checkpoints import RunRecord, last_checkpoint
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
-from .routing import RoutedScorer
+from .routing import RoutedScorer, teacher_numbers
 from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
@@ -139,12 +139,12 @@ class RLADTrainer(GuidedGRPOTrainer):
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
         self.teacher_scorer, self._teachers = None, {}
         if args.needs_teacher:
+            self._check_teacher_ids(teacher_model)
             scorers = {name: self._create_teacher_scorer(each, name) for name, each in teachers.items()}
             for scorer in scorers.values():
                 self.add_callback(scorer)
             self._teachers = {name: scorer.teacher for name, scorer in scorers.items()}
             self.teacher_scorer = RoutedScorer(scorers) if isinstance(teacher_model, dict) else scorers[""]
-            self._check_teacher_ids()
         self._batches_without_success = 0
         self.run_record = RunRecord(args, self._teachers)
         self.add_callback(self.run_record)
@@ -159,19 +159,19 @@ class RLADTrainer(GuidedGRPOTrainer):
                 self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_teacher_ids(self):
+    def _check_teacher_ids(self, teacher_model):
         """Refuses datasets of which a row has no teacher. Streams are checked as they come."""
         for dataset in (self.train_dataset, *_datasets(self.eval_dataset)):
             if not isinstance(dataset, Dataset):
                 continue
             has_names = "teacher_id" in dataset.column_names
-            if isinstance(self.teacher_scorer, RoutedScorer):
+            if isinstance(teacher_model, dict):
                 if not has_names:
                     raise ValueError(
                         "`teacher_model` is a dictionary of teachers, so each row of the dataset needs the name of its own in "
                         f"a column `teacher_id`. The columns are {', '.join(dataset.column_names)}."
                     )
-                self.teacher_scorer.find(dataset.unique("teacher_id"))
+                teacher_numbers(dataset.unique("teacher_id"), teacher_model)
             elif has_names:
                 logger.warning(
                     "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass `teacher_model` as "
@@ -229,9 +229,11 @@ class RLADTrainer(GuidedGRPOTrainer):
     def _check_length(self, teacher):
         """Refuses a teacher that can't read the longest prompts with a completion behind them. Rollouts are checked too."""
         # A stream isn't looked at: it may be slow, or move on
-        rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else ()
-        columns = rows[:PROMPTS_TO_MEASURE] if rows else {}
-        prompts = [*columns.get("prompt", ()), *filter(None, columns.get("teacher_prompt", ()))]
+        prompts = []
+        if isinstance(self.train_dataset, Dataset):
+            names = {"prompt", "teacher_prompt"} & set(self.train_dataset.column_names)
+            columns = self.train_dataset.select_columns(sorted(names))[:PROMPTS_TO_MEASURE]
+            prompts = [prompt for column in columns.values() for prompt in column if prompt]
         prompt_length = longest_prompt(prompts, self.tokenizer)
         longest = prompt_length + (self.max_completion_length or 0)
         if longest > teacher.max_length:
@@ -254,7 +256,7 @@ class RLADTrainer(GuidedGRPOTrainer):
     def _teacher_index(self, rows):
         """Numbers of the rows' teachers, `int64`, if there are several."""
         if isinstance(self.teacher_scorer, RoutedScorer):
-            return self.teacher_scorer.find(row.get("teacher_id") for row in rows)
+            return teacher_numbers((row.get("teacher_id") for row in rows), self._teachers)
         return None
 
     def _teacher_prompts(self, rows):
