@@ -74,10 +74,23 @@ def shard_by_fsdp2(path, trainer, mixed_precision):
     return FSDPTeacher(path, trainer.args, trainer.accelerator)
 
 
+def train_and_keep_batches(trainer, output_dir):
+    extend, kept = trainer.extend_rollout, []
+
+    def keep(batch, rewards_per_func, rows):
+        batch = extend(batch, rewards_per_func, rows)
+        kept.append((batch, rows))
+        return batch
+
+    trainer.extend_rollout = keep
+    trainer.train()
+    torch.save(kept, Path(output_dir, f"batches_{trainer.accelerator.process_index}.pt"))
+
+
 def main(
     student,
-    teacher,
     output_dir,
+    teacher=None,
     lora=False,  # train an adapter
     fsdp=None,  # shard the teacher by FSDP2, in this mixed precision
     kill_after=None,  # die after this step
@@ -86,23 +99,31 @@ def main(
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
     reward="reward",  # its name in `tiny`
+    teachers=None,  # paths of several by name, for rows in turn
     **kwargs,
 ):
     torch.set_num_threads(1)
     if lost is not None and lost == int(os.environ["RANK"]):
         teacher = "/no/such/teacher"
     config = tiny.make_config(output_dir, **{"max_steps": 3, "teacher_tokens_per_batch": 50, **kwargs})
+    dataset = tiny.make_dataset()
+    if teachers:
+        names = [list(teachers)[i % len(teachers)] for i in range(len(dataset))]
+        prompts = ["w9 w8 w7" if i % 3 == 0 else None for i in range(len(dataset))]
+        dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
     trainer = RLADTrainer(
         student,
         getattr(tiny, reward),
         config,
-        tiny.make_dataset(),
-        teacher_model=teacher,
+        dataset,
+        teacher_model=teachers or teacher,
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2) if lora else None,
         callbacks=[KillAfter(kill_after)] if kill_after else None,
     )
     if fsdp:
         trainer.teacher_scorer.teacher = shard_by_fsdp2(teacher, trainer, fsdp)
+    if teachers:  # in the middle of training, whose batches say what each row was
+        return train_and_keep_batches(trainer, output_dir)
     rank, teacher = trainer.accelerator.process_index, trainer.teacher_scorer.teacher
     result = {"teacher": type(teacher).__name__}
     if hang == rank:

@@ -242,6 +242,17 @@ def _(place):
     place.trainer(teacher=str(place.copy_of_teacher(positions=64)), max_completion_length=62)
 
 
+@refused("dataset", "several teachers, and no column `teacher_id`", "each row", "`teacher_id`", "The columns are")
+def _(place):
+    place.trainer(teacher={"a": place.teacher})
+
+
+@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "Those of `teacher_model` are 'a'")
+def _(place):
+    dataset = tiny.make_dataset()
+    place.trainer(teacher={"a": place.teacher}, dataset=dataset.add_column("teacher_id", ["b"] * len(dataset)))
+
+
 # Teachers
 
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import yaml
 from distributed_worker import make_ragged_batch
+from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
 
 
@@ -153,6 +155,20 @@ def test_a_teacher_that_one_rank_cannot_load_ends_all(config, tmp_path, paths):
     run = launch(tmp_path, config, check=False, lost=1, **paths)
     assert run.returncode != 0 and time.monotonic() - start < 120.0
     assert "`teacher_model='/no/such/teacher'` can't be loaded" in run.stderr
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_each_row_has_its_own_teacher_and_prompt(config, tmp_path, paths):
+    teachers = {"deep": paths["teacher"], "wide": tiny.save_model(tmp_path / "wide", seed=2, hidden_size=32)}
+    run = launch(tmp_path / "out", config, check=False, student=paths["student"], teachers=teachers)
+    assert run.returncode == 0, run.stderr[-3000:]
+    trainer = SimpleNamespace(processing_class=tiny.make_tokenizer(), temperature=1.0)
+    for rank in range(2):
+        trainer.seen = torch.load(tmp_path / "out" / f"batches_{rank}.pt")
+        asked = assert_own_scores(
+            trainer, lambda row: teachers[row["teacher_id"]], lambda row: row["teacher_prompt"] or row["prompt"]
+        )
+        assert asked
 
 
 NAMED = {"teacher_kl_estimator": "forward", "teacher_kl_coef": 1.0, "teacher_top_k": 4, "alpha": 0.5}

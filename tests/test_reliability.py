@@ -113,9 +113,9 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
     )
     score, asked = trainer.teacher_scorer.score, []
 
-    def watch(batch, mask, top_k):
+    def watch(batch, mask, top_k, prompts):
         asked.append(top_k)
-        return score(batch, mask, top_k)
+        return score(batch, mask, top_k, prompts)
 
     trainer.teacher_scorer.score = watch
     trainer.train()
@@ -292,7 +292,8 @@ def checkpoint(student_path, teacher_path, tmp_path_factory):
 
 def test_a_checkpoint_knows_its_run(checkpoint, teacher_path):
     record = json.loads((checkpoint / "rlad.json").read_text())
-    assert record["teacher"]["name"] == Path(teacher_path).name and record["teacher"]["temperature"] == 1.0
+    (teacher,) = record["teachers"].values()
+    assert teacher["name"] == Path(teacher_path).name and teacher["temperature"] == 1.0
     assert record["settings"]["alpha"] == 0.5 and "teacher_timeout" not in record["settings"]
 
 

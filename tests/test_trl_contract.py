@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import trl
+from transformers import Trainer
 from trl import GRPOTrainer
 from trl.trainer import utils
 
@@ -33,6 +34,8 @@ def test_methods_we_override():
         "completion_ids_list",
     ]
     assert parameters(GRPOTrainer._generate) == ["self", "prompts"]
+    assert parameters(GRPOTrainer._tokenize_prompts) == ["self", "prompts"]
+    assert "self._get_grad_norm(model" in inspect.getsource(Trainer)
     returned = (
         r"return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images\n"
     )

@@ -2,6 +2,7 @@
 The only module that touches what TRL keeps private. `tests/test_trl_contract.py` pins every name used here.
 
 - `GRPOTrainer._generate_and_score_completions`: its dict is shuffled, split and buffered; what is added goes along.
+- `GRPOTrainer._tokenize_prompts`, which returns token ids first.
 - `GRPOTrainer._generate`, which returns token ids of prompts and completions, the masks of tools, and with them images.
 - `GRPOTrainer._calculate_rewards`, which returns the rewards of all processes, a column for each reward function.
 - `GRPOTrainer._compute_loss`, and in it the one call of `_get_per_token_logps_and_entropies` (a 3-tuple since 1.7) that
@@ -187,11 +188,15 @@ class GuidedGRPOTrainer(GRPOTrainer):
         return None
 
     def during_rewards(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]] | None
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        tool_mask: list[list[int]] | None,
     ) -> AbstractContextManager:
         """
-        Return a context in which asynchronous reward functions run, given this process's rollouts, of text only. A process
-        that waits for another one in there may wait forever.
+        Return a context in which asynchronous reward functions run, given this process's rollouts, of text only, and the
+        dataset's rows that they belong to. A process that waits for another one in there may wait forever.
         """
         return nullcontext()
 
@@ -200,10 +205,10 @@ class GuidedGRPOTrainer(GRPOTrainer):
         *self._rollouts, _, _, _, self._images, _ = outputs
         return outputs
 
-    def _calculate_rewards(self, *args, **kwargs):
+    def _calculate_rewards(self, inputs, *args, **kwargs):
         is_waiting = any(map(is_async_callable, self.reward_funcs)) and self._images is None
-        with self.during_rewards(*self._rollouts) if is_waiting else nullcontext():
-            self._rewards_per_func = rewards = super()._calculate_rewards(*args, **kwargs)
+        with self.during_rewards(inputs, *self._rollouts) if is_waiting else nullcontext():
+            self._rewards_per_func = rewards = super()._calculate_rewards(inputs, *args, **kwargs)
         if rewards.isinf().any():  # TRL would make an advantage of 0 or of 3e38 of it
             name = self.reward_func_names[rewards.isinf().any(0).nonzero()[0].item()]
             raise FloatingPointError(
@@ -343,6 +348,10 @@ class GuidedGRPOTrainer(GRPOTrainer):
                 self.beta = _Beta(self.beta)
             self.beta.weight = policy_log_ratio.exp()
             self.args.use_bias_correction_kl = False
+
+    def tokenize_prompts(self, prompts: list) -> list[list[int]]:
+        """Token ids of prompts, one for each row of this process's batch, as they are made for generation."""
+        return self._tokenize_prompts(prompts)[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -59,17 +59,17 @@ class RunRecord(TrainerCallback):
     Args:
         args ([`RLADConfig`]):
             Configuration of the run.
-        teacher ([`~trl_rlad.teachers.LocalTeacher`], *optional*):
-            Its teacher.
+        teachers (`dict[str, LocalTeacher]`):
+            Its teachers by name.
     """
 
     file_name = "rlad.json"
 
-    def __init__(self, args: RLADConfig, teacher: LocalTeacher | None):
+    def __init__(self, args: RLADConfig, teachers: dict[str, LocalTeacher]):
         ours = {field.name for field in fields(RLADConfig)} - {field.name for field in fields(GRPOConfig)}
         names = sorted(ours - _WITHOUT_EFFECT)
         self.record = {
-            "teacher": teacher and describe_teacher(teacher, args.temperature),
+            "teachers": {name: describe_teacher(teacher, args.temperature) for name, teacher in teachers.items()},
             "settings": {name: value for name, value in args.to_dict().items() if name in names},
         }
 
@@ -90,9 +90,9 @@ class RunRecord(TrainerCallback):
         if not path.exists():
             return
         before = json.loads(path.read_text())
-        if before["teacher"] != self.record["teacher"]:
+        if before["teachers"] != self.record["teachers"]:
             raise ValueError(
-                f"{checkpoint} is of a run with another teacher: {before['teacher']}, and not {self.record['teacher']}. Take "
+                f"{checkpoint} is of a run with another teacher: {before['teachers']}, and not {self.record['teachers']}. Take "
                 f"the same `teacher_model`. If another one is meant to go on from there, delete {path}."
             )
         changes = [

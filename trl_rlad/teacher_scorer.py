@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from .watchdog import barrier_group, time_limit
 
 
 logger = get_logger(__name__)
+
+ONE_AT_A_TIME = Lock()  # of several teachers that score ahead: they share the device, and DeepSpeed's configuration
 
 
 @dataclass
@@ -92,18 +95,28 @@ class TeacherScorer(TrainerCallback):
         self._ahead, self._waited = {}, 0.0  # what `ahead` has scored, and how long it was waited for
         barrier_group()
 
+    def release(self):
+        """Let the teacher's weights go."""
+        self.teacher.release()
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.has_trained = False
 
     def on_train_end(self, args, state, control, **kwargs):
         self.has_trained = True
-        self.teacher.release()
+        self.release()
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.has_trained:
-            self.teacher.release()
+            self.release()
 
-    def score(self, batch: dict[str, torch.Tensor], mask: torch.Tensor, top_k: int = 0) -> dict[str, torch.Tensor]:
+    def score(
+        self,
+        batch: dict[str, torch.Tensor],
+        mask: torch.Tensor,
+        top_k: int = 0,
+        prompts: Sequence[torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
             batch (`dict[str, torch.Tensor]`):
@@ -113,6 +126,8 @@ class TeacherScorer(TrainerCallback):
                 Tokens for which the teacher's log-probability is wanted. Rows without any are not scored at all.
             top_k (`int`, *optional*, defaults to `0`):
                 Number of the teacher's likeliest tokens to return beside each.
+            prompts (`Sequence[torch.Tensor]`, *optional*):
+                Token ids of each row's prompt as the teacher is to read it, `int64`. `None` takes those of the batch.
 
         Returns:
             `dict[str, torch.Tensor]`:
@@ -136,7 +151,11 @@ class TeacherScorer(TrainerCallback):
         images = split_images(batch)
         # With images, the tensors beside the tokens are as long as these
         ends = [ids_mask[i] if images[i] else wanted[i] for i in range(len(ids))]
-        rows = [Row(prompt_ids[i][prompt_mask[i]], cut_end(ids[i], ends[i]), images[i]) for i in which]
+        if prompts is None:
+            prompts = [row[is_token] for row, is_token in zip(prompt_ids, prompt_mask, strict=True)]
+        elif any(images):
+            raise ValueError("A row with images can't have a `teacher_prompt`: its images belong to the prompt.")
+        rows = [Row(prompts[i], cut_end(ids[i], ends[i]), images[i]) for i in which]
         self._check(rows)
         if self.image_problem and any(row.images for row in rows):
             raise ValueError(self.image_problem)
@@ -209,7 +228,8 @@ class TeacherScorer(TrainerCallback):
         def run():
             if self.accelerator.device.type == "cuda":
                 torch.cuda.set_device(self.accelerator.device)  # each thread has its own
-            return self._score(list(rows.values()), top_k)
+            with ONE_AT_A_TIME:
+                return self._score(list(rows.values()), top_k)
 
         with ThreadPoolExecutor(max_workers=1) as pool:
             scores = pool.submit(run)

@@ -19,6 +19,7 @@ from .checkpoints import RunRecord, last_checkpoint
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
+from .routing import RoutedScorer, teacher_numbers
 from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
@@ -64,10 +65,11 @@ class RLADTrainer(GuidedGRPOTrainer):
             Configuration for this trainer. If `None`, a default configuration is used.
         *grpo_args, **grpo_kwargs:
             All other arguments of [`~trl.GRPOTrainer`], in its order.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict` of these by name, *optional*):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
             the base model of a student that trains an adapter. It must give the student's token ids the student's
-            meaning. May be left out only for `alpha=1.0` without a `teacher_kl_coef`.
+            meaning. Of several teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
+            May be left out only for `alpha=1.0` without a `teacher_kl_coef`.
 
     Raises:
         `TypeError`: if `args` is not an [`RLADConfig`], or `teacher_model` is neither a name nor a model.
@@ -95,7 +97,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         reward_funcs=None,
         args: RLADConfig | None = None,
         *grpo_args,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | dict[str, str | PreTrainedModel] | None = None,
         **grpo_kwargs,
     ):
         if args is None:
@@ -106,14 +108,15 @@ class RLADTrainer(GuidedGRPOTrainer):
                 f"`args` must be an `RLADConfig`, but is a `{type(args).__name__}`. `RLADConfig` takes all arguments "
                 "of `GRPOConfig`."
             )
-        if args.needs_teacher and (teacher_model is None or teacher_model == ""):
+        if args.needs_teacher and (teacher_model is None or teacher_model in ("", {})):
             setting = "distillation_ratio" if args.distillation_ratio > 0.0 else "teacher_kl_coef"
             setting = "alpha" if args.alpha < 1.0 else setting
             raise ValueError(
                 f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model`, or "
                 "set `alpha=1.0` without a `teacher_kl_coef` or `distillation_ratio` to train with GRPO."
             )
-        if _share_weights(model, teacher_model):
+        teachers = teacher_model if isinstance(teacher_model, dict) else {"": teacher_model}
+        if any(_share_weights(model, each) for each in teachers.values()):
             raise ValueError(
                 "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
                 'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base".'
@@ -134,12 +137,16 @@ class RLADTrainer(GuidedGRPOTrainer):
             read_weights(self.train_dataset["teacher_weight"])  # refuses bad ones before training
         self.is_guided = args.needs_teacher
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
-        self.teacher_scorer = None
+        self.teacher_scorer, self._teachers = None, {}
         if args.needs_teacher:
-            self.teacher_scorer = self._create_teacher_scorer(teacher_model)
-            self.add_callback(self.teacher_scorer)
+            self._check_teacher_ids(teacher_model)
+            scorers = {name: self._create_teacher_scorer(each, name) for name, each in teachers.items()}
+            for scorer in scorers.values():
+                self.add_callback(scorer)
+            self._teachers = {name: scorer.teacher for name, scorer in scorers.items()}
+            self.teacher_scorer = RoutedScorer(scorers) if isinstance(teacher_model, dict) else scorers[""]
         self._batches_without_success = 0
-        self.run_record = RunRecord(args, self.teacher_scorer and self.teacher_scorer.teacher)
+        self.run_record = RunRecord(args, self._teachers)
         self.add_callback(self.run_record)
         if args.should_save:
             check_writable(args.output_dir)
@@ -152,7 +159,34 @@ class RLADTrainer(GuidedGRPOTrainer):
                 self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _create_teacher_scorer(self, teacher_model: str | PreTrainedModel) -> TeacherScorer:
+    def _check_teacher_ids(self, teacher_model):
+        """Refuses datasets of which a row has no teacher. Streams are checked as they come."""
+        for dataset in (self.train_dataset, *_datasets(self.eval_dataset)):
+            if not isinstance(dataset, Dataset):
+                continue
+            has_names = "teacher_id" in dataset.column_names
+            if isinstance(teacher_model, dict):
+                if not has_names:
+                    raise ValueError(
+                        "`teacher_model` is a dictionary of teachers, so each row of the dataset needs the name of its own in "
+                        f"a column `teacher_id`. The columns are {', '.join(dataset.column_names)}."
+                    )
+                teacher_numbers(dataset.unique("teacher_id"), teacher_model)
+            elif has_names:
+                logger.warning(
+                    "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass `teacher_model` as "
+                    "a dictionary of them by name."
+                )
+
+    def _create_teacher_scorer(self, teacher_model: str | PreTrainedModel, name: str) -> TeacherScorer:
+        try:
+            return self._create_one_scorer(teacher_model)
+        except ValueError as error:
+            if not name:
+                raise
+            raise ValueError(f"Teacher {name!r}: {error}") from error
+
+    def _create_one_scorer(self, teacher_model):
         if self.loss_type == "vespo" and not self.args.teacher_credit:
             logger.warning(
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
@@ -195,8 +229,11 @@ class RLADTrainer(GuidedGRPOTrainer):
     def _check_length(self, teacher):
         """Refuses a teacher that can't read the longest prompts with a completion behind them. Rollouts are checked too."""
         # A stream isn't looked at: it may be slow, or move on
-        rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else ()
-        prompts = rows[:PROMPTS_TO_MEASURE]["prompt"] if rows else ()
+        prompts = []
+        if isinstance(self.train_dataset, Dataset):
+            names = {"prompt", "teacher_prompt"} & set(self.train_dataset.column_names)
+            columns = self.train_dataset.select_columns(sorted(names))[:PROMPTS_TO_MEASURE]
+            prompts = [prompt for column in columns.values() for prompt in column if prompt]
         prompt_length = longest_prompt(prompts, self.tokenizer)
         longest = prompt_length + (self.max_completion_length or 0)
         if longest > teacher.max_length:
@@ -207,11 +244,26 @@ class RLADTrainer(GuidedGRPOTrainer):
                 'embedding, have it do so: `teacher_model_init_kwargs={"rope_parameters": {...}}`.'
             )
 
-    def during_rewards(self, prompt_ids, completion_ids, tool_mask):
+    def during_rewards(self, rows, prompt_ids, completion_ids, tool_mask):
         if self.teacher_scorer is None or not (self.trrd.alpha < 1.0 or self._has_kl):
             return nullcontext()
         masks = tool_mask or [[1] * len(ids) for ids in completion_ids]
-        return self.teacher_scorer.ahead(prompt_ids, completion_ids, masks, self._top_k)
+        prompts = self._teacher_prompts(rows) or prompt_ids
+        index = self._teacher_index(rows)
+        names = {} if index is None else {"teacher_index": index}
+        return self.teacher_scorer.ahead(prompts, completion_ids, masks, self._top_k, **names)
+
+    def _teacher_index(self, rows):
+        """Numbers of the rows' teachers, `int64`, if there are several."""
+        if isinstance(self.teacher_scorer, RoutedScorer):
+            return teacher_numbers((row.get("teacher_id") for row in rows), self._teachers)
+        return None
+
+    def _teacher_prompts(self, rows):
+        """Token ids of the rows' prompts as the teacher is to read them, if for any row these are others."""
+        if not any(row.get("teacher_prompt") for row in rows):
+            return None
+        return self.tokenize_prompts([row.get("teacher_prompt") or row["prompt"] for row in rows])
 
     def extend_rollout(self, batch, rewards_per_func, rows):
         if not self.model.training:
@@ -219,7 +271,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         if self.teacher_scorer is None:
             return batch
         if self.trrd.alpha == 1.0 and not self._has_kl:
-            self.teacher_scorer.teacher.release()  # distillation is over, and the reward has the rest to itself
+            self.teacher_scorer.release()  # distillation is over, and the reward has the rest to itself
             return {**batch, "teacher_mask": torch.zeros_like(batch["completion_mask"], dtype=torch.bool)}
         # Without advantage a token contributes nothing to the policy term, whatever the teacher says
         wanted = _two_dimensional(batch["advantages"]) != 0
@@ -232,8 +284,15 @@ class RLADTrainer(GuidedGRPOTrainer):
             weights = read_weights([row.get("teacher_weight") for row in rows])
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
-        scores = self.teacher_scorer.score(batch, self.loss_mask(batch) * wanted, self._top_k)
+        index, prompts = self._teacher_index(rows), self._teacher_prompts(rows)
+        if index is not None:
+            batch = {**batch, "teacher_index": index.to(wanted.device)}
+        prompts = prompts and [torch.tensor(ids) for ids in prompts]
+        scores = self.teacher_scorer.score(batch, self.loss_mask(batch) * wanted, self._top_k, prompts)
         self.log_value("teacher/scoring_time", self.teacher_scorer.seconds)
+        if index is not None:
+            for name, scorer in self.teacher_scorer.scorers.items():
+                self.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
         return {**batch, **scores}
 
     def _log_pass_at_k(self, rewards_per_func):
@@ -348,6 +407,11 @@ class RLADTrainer(GuidedGRPOTrainer):
             per_token_logps, old_per_token_logps, batch["teacher_per_token_logps"], teacher_mask, weight
         )
         metrics = {f"teacher/{name}": (values, teacher_mask) for name, values in diagnostics.items()}
+        if "teacher_index" in batch:
+            for number, name in enumerate(self.teacher_scorer.scorers):
+                mine = (batch["teacher_index"] == number).unsqueeze(1).expand_as(teacher_mask)
+                metrics[f"teacher/{name}/log_ratio"] = (diagnostics["log_ratio"], teacher_mask & mine)
+                metrics[f"teacher/{name}/tokens"] = (mine.float(), teacher_mask)
         advantages = _two_dimensional(batch["advantages"])
 
         if self.args.teacher_credit:
@@ -370,7 +434,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         if self.is_world_process_zero():
             info = getattr(self.train_dataset, "info", None)
             rows = {
-                "Teacher": self.teacher_scorer.teacher.name if self.teacher_scorer else "none",
+                "Teacher": ", ".join(teacher.name for teacher in self._teachers.values()) or "none",
                 "`alpha`": self.args.alpha,
                 "`teacher_credit`": self.args.teacher_credit,
                 "`teacher_log_ratio_clip`": self.trrd.teacher_log_ratio_clip,
@@ -383,6 +447,10 @@ class RLADTrainer(GuidedGRPOTrainer):
             path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
             card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
             path.write_text(card, encoding="utf-8")
+
+
+def _datasets(dataset) -> Iterable:
+    return dataset.values() if isinstance(dataset, dict) else [dataset]
 
 
 def check_writable(folder: str):

@@ -1,0 +1,201 @@
+"""Several teachers, each for its own rows, and prompts that only the teacher sees."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from test_teacher_scorer import naive_log_probs
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_rlad import RLADTrainer
+
+
+MODES = [{"alpha": 0.5}, {"alpha": 1.0, "teacher_kl_coef": 0.5, "teacher_kl_estimator": "forward", "teacher_top_k": 3}]
+
+
+@pytest.fixture(scope="module")
+def teachers(teacher_path, tmp_path_factory):
+    return {"small": teacher_path, "wide": tiny.save_model(tmp_path_factory.mktemp("wide"), seed=2, hidden_size=32)}
+
+
+def make_dataset(names=None, prompts=None):
+    dataset = tiny.make_dataset()
+    if names is not None:
+        dataset = dataset.add_column("teacher_id", [names[i % len(names)] for i in range(len(dataset))])
+    if prompts is not None:
+        dataset = dataset.add_column("teacher_prompt", [prompts[i % len(prompts)] for i in range(len(dataset))])
+    return dataset
+
+
+class WatchedTrainer(RLADTrainer):
+    """Keeps each generation batch with the rows that it was made of."""
+
+    def extend_rollout(self, batch, rewards_per_func, rows):
+        batch = super().extend_rollout(batch, rewards_per_func, rows)
+        self.seen = [*getattr(self, "seen", []), (batch, rows)]
+        return batch
+
+
+def train(student, teachers, dataset, folder, reward=tiny.reward, **kwargs):
+    # Two groups in a batch
+    settings = {"per_device_train_batch_size": 8, "max_steps": 3} | kwargs
+    args = tiny.make_config(folder, **settings)
+    trainer = WatchedTrainer(student, reward, args, dataset, teacher_model=teachers)
+    trainer.train()
+    return trainer
+
+
+def assert_scores(trainer, path_of, prompt_of=lambda row: row["prompt"]):
+    """Each row has the scores of a plain pass of its own teacher over its own prompt."""
+    tokenize, asked = trainer.processing_class, set()
+    for batch, rows in trainer.seen:
+        prompts = [torch.tensor(tokenize(prompt_of(row))["input_ids"]) for row in rows]
+        plain = batch | {
+            "prompt_ids": pad_sequence(prompts, batch_first=True),
+            "prompt_mask": pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True),
+        }
+        log_probs = {path: naive_log_probs(path, plain, trainer.temperature) for path in set(map(path_of, rows))}
+        for i, row in enumerate(rows):
+            mask, expected = batch["teacher_mask"][i], log_probs[path_of(row)][i]
+            asked |= {path_of(row)} if mask.any() else set()
+            scores = expected.gather(1, batch["completion_ids"][i].unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(batch["teacher_per_token_logps"][i][mask], scores[mask], rtol=0, atol=1e-5)
+            if "teacher_top_ids" in batch:
+                ids, logps = batch["teacher_top_ids"][i], batch["teacher_top_logps"][i]
+                given = mask.unsqueeze(1) & logps.isfinite()  # the student doesn't share all of the teacher's tokens
+                for theirs in (expected.gather(1, ids), expected.topk(3).values):
+                    torch.testing.assert_close(logps[given], theirs[given], rtol=0, atol=1e-5)
+    return asked
+
+
+@pytest.mark.parametrize("reward", [tiny.reward, tiny.async_reward])
+@pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
+def test_each_row_has_its_own_teacher(mode, reward, student_path, teachers, tmp_path):
+    trainer = train(student_path, teachers, make_dataset(["small", "wide", "wide"]), tmp_path, reward, **mode)
+    assert assert_scores(trainer, lambda row: teachers[row["teacher_id"]]) == set(teachers.values())
+
+
+def test_what_is_logged_of_each(student_path, teachers, tmp_path):
+    trainer = train(student_path, teachers, make_dataset(["small", "wide"]), tmp_path, max_steps=8)
+    logs, both = [log for log in trainer.state.log_history if "loss" in log], 0
+    for log in logs:
+        names = [name for name in teachers if log.get(f"teacher/{name}/log_ratio") is not None]
+        shares = {name: log[f"teacher/{name}/tokens"] for name in teachers if f"teacher/{name}/tokens" in log}
+        if shares:
+            assert sum(shares.values()) == pytest.approx(1.0) and names == [n for n in teachers if shares[n] > 0]
+            mean = sum(shares[name] * log[f"teacher/{name}/log_ratio"] for name in names)
+            assert mean == pytest.approx(log["teacher/log_ratio"], rel=1e-5)
+        seconds = [log[f"teacher/{name}/scoring_time"] for name in teachers]
+        assert sum(seconds) == pytest.approx(log["teacher/scoring_time"])
+        both += len(names) == 2
+    assert both > 0
+
+
+def test_two_names_of_one_teacher_change_nothing(student_path, teacher_path, tmp_path):
+    one = train(student_path, teacher_path, make_dataset(), tmp_path)
+    two = train(student_path, {"a": teacher_path, "b": teacher_path}, make_dataset(["a", "b"]), tmp_path)
+    for left, right in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (None, "`teacher_model` is a dictionary of teachers.*column `teacher_id`"),
+        (["small", "other"], "column `teacher_id` has 'other', which is no teacher. .* 'small', 'wide'"),
+        (["small", None], "column `teacher_id` has None"),
+    ],
+)
+def test_rows_without_a_teacher_are_refused(names, message, student_path, teachers, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(student_path, teachers, make_dataset(names), tmp_path, max_steps=0)
+
+
+def test_an_evaluation_set_without_names_is_refused(student_path, teachers, tmp_path):
+    args = tiny.make_config(tmp_path)
+    for eval_dataset in (tiny.make_dataset(), {"one": tiny.make_dataset()}):
+        with pytest.raises(ValueError, match="column `teacher_id`"):
+            RLADTrainer(student_path, tiny.reward, args, make_dataset(["small"]), eval_dataset, teacher_model=teachers)
+
+
+def test_an_unknown_name_in_a_stream(student_path, teachers, tmp_path):
+    with pytest.raises(ValueError, match="column `teacher_id` has 'other'"):
+        train(student_path, teachers, make_dataset(["other"]).to_iterable_dataset(), tmp_path)
+
+
+def test_a_teacher_that_does_not_fit_is_named(student_path, teachers, tmp_path):
+    foreign = tiny.save_model(tmp_path / "foreign", 0, tiny.make_tokenizer(tiny.WORDS[::-1]))
+    with pytest.raises(ValueError, match="Teacher 'odd': .*stand for different tokens"):
+        train(student_path, teachers | {"odd": foreign}, make_dataset(["odd"]), tmp_path)
+
+
+def test_names_for_a_single_teacher_are_not_read(student_path, teacher_path, tmp_path, caplog):
+    train(student_path, teacher_path, make_dataset(["anything"]), tmp_path, max_steps=1)
+    assert "column `teacher_id` isn't read" in caplog.text
+
+
+def test_all_of_them_are_in_the_checkpoint(student_path, teachers, tmp_path):
+    kwargs = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(student_path, teachers, make_dataset(["small", "wide"]), tmp_path, **kwargs)
+    record = json.loads((tmp_path / "checkpoint-2" / "rlad.json").read_text())
+    assert record["teachers"].keys() == teachers.keys()
+    swapped = dict(zip(teachers, reversed(teachers.values()), strict=True))
+    args = tiny.make_config(tmp_path, **kwargs | {"max_steps": 3})
+    trainer = RLADTrainer(student_path, tiny.reward, args, make_dataset(["small"]), teacher_model=swapped)
+    with pytest.raises(ValueError, match="another teacher"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+# Prompts that only the teacher sees
+
+
+@pytest.mark.parametrize("reward", [tiny.reward, tiny.async_reward])
+@pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
+def test_the_teacher_reads_its_own_prompt(mode, reward, student_path, teachers, tmp_path):
+    dataset = make_dataset(["small", "wide"], ["w9 w8 w7 w6 w5 w4", None, "w1"])
+    trainer = train(student_path, teachers, dataset, tmp_path, reward, **mode)
+    assert_scores(trainer, lambda row: teachers[row["teacher_id"]], lambda row: row["teacher_prompt"] or row["prompt"])
+    with pytest.raises(AssertionError):  # it would be noticed if it had read the student's
+        assert_scores(trainer, lambda row: teachers[row["teacher_id"]])
+
+
+def test_the_student_does_not_read_it(student_path, teacher_path, tmp_path):
+    trainer = train(student_path, teacher_path, make_dataset(prompts=["w9 w8 w7 w6 w5 w4"]), tmp_path)
+    plain = train(student_path, teacher_path, make_dataset(), tmp_path)
+    assert torch.equal(trainer.seen[0][0]["prompt_ids"], plain.seen[0][0]["prompt_ids"])
+    assert torch.equal(trainer.seen[0][0]["completion_ids"], plain.seen[0][0]["completion_ids"])
+
+
+def test_chat_prompts(tmp_path):
+    tokenizer = tiny.make_chat_tokenizer()
+    student, teacher = (
+        tiny.save_model(tmp_path / str(seed), seed, tokenizer, vocab_size=len(tokenizer)) for seed in (0, 1)
+    )
+    prompt = [{"role": "user", "content": "2+2?"}]
+    with_answer = [{"role": "system", "content": "It is 4."}, *prompt]
+    dataset = Dataset.from_list([{"prompt": prompt, "teacher_prompt": with_answer}] * 8)
+    trainer = train(student, teacher, dataset, tmp_path / "out", max_steps=1)
+    batch, _ = trainer.seen[0]
+    ids = tokenizer.apply_chat_template(with_answer, add_generation_prompt=True, return_dict=True)["input_ids"]
+    plain = batch | {"prompt_ids": torch.tensor([ids] * 8), "prompt_mask": torch.ones(8, len(ids), dtype=torch.long)}
+    expected = naive_log_probs(teacher, plain, 1.0).gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
+    mask = batch["teacher_mask"]
+    assert mask.any()
+    torch.testing.assert_close(batch["teacher_per_token_logps"][mask], expected[mask], rtol=0, atol=1e-5)
+
+
+def test_a_teacher_prompt_that_is_too_long_is_refused(student_path, tmp_path):
+    teacher = tiny.save_model(tmp_path / "teacher", seed=1, positions=40)
+    dataset = make_dataset(prompts=[" ".join(["w1"] * 33)])
+    with pytest.raises(ValueError, match="Prompts of 33 tokens .* 40 positions"):
+        train(student_path, teacher, dataset, tmp_path)
+
+
+def test_images_belong_to_the_prompt(tmp_path):
+    student, teacher = (tiny.save_vision_model(tmp_path / str(seed), seed) for seed in (0, 1))
+    dataset = tiny.make_image_dataset([1])
+    dataset = dataset.add_column("teacher_prompt", dataset["prompt"][:])
+    with pytest.raises(ValueError, match="images can't have a `teacher_prompt`"):
+        train(student, teacher, dataset, tmp_path / "out", max_completion_length=4)
