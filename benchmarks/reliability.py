@@ -172,7 +172,9 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with tqdm(total=args.soak, desc="Steps") as bar:
-            train(folder, args.soak, Watch(folder / "soak.jsonl", bar), save_strategy="no")
+            train(
+                folder, args.soak, Watch(folder / "soak.jsonl", bar), save_strategy="no", gradient_accumulation_steps=1
+            )
         rows = [json.loads(line) for line in (folder / "soak.jsonl").read_text().splitlines()]
         plot(rows, folder / "soak.png")
         early, late = rows[len(rows) // 5], rows[-1]
