@@ -20,6 +20,7 @@ PLAN = {
     "steps": 4,
     "eval_steps": 2,
     "rollouts": 8,
+    "sweep": {"steps": 2, "rollouts": 4},
     "rates": (1e-4, 3e-4),
     "seeds": (1, 2),
     "methods": METHODS,
@@ -31,7 +32,7 @@ BONUS = {("RLAD + named", "strong"): 0.2, ("RLAD + named", "flawed"): -0.1}  # i
 @pytest.fixture
 def asked(monkeypatch):
     """Make up the runs: what counts is which are asked for, and what becomes of them."""
-    asked = []
+    asked, asked_at = [], set()
 
     def run_missing(jobs, plan, output_dir):
         results = comparison.read_results(output_dir / "runs.jsonl")
@@ -39,6 +40,7 @@ def asked(monkeypatch):
         for job in [{**job, "student": "mistaken", "steps": plan["steps"]} for job in jobs]:
             if comparison.identify(job) not in done:
                 asked.append((job["method"], job["teacher"], job["rate"], job["seed"]))
+                asked_at.add((job["seed"] == 0, job["steps"], plan["rollouts"]))
                 level = 0.5 + (job["rate"] == 3e-4) * 0.1 + job["seed"] / 100
                 level += BONUS.get((job["method"], job["teacher"]), 0.0)
                 curve = [[0, 0.1, 0.1, 0.1], [2, *[level / 2] * 3], [4, *[level] * 3]]
@@ -48,11 +50,14 @@ def asked(monkeypatch):
         return [result for result in results if result["steps"] == plan["steps"]]
 
     monkeypatch.setattr(comparison, "run_missing", run_missing)
-    return asked
+    monkeypatch.setattr(comparison, "prepare", lambda *_: None)
+    yield asked
+    # The runs that choose the rates are shorter, the others are not
+    assert asked_at == {(True, 2, 4), (False, 4, 8)}
 
 
 def test_the_study_sweeps_chooses_and_goes_on_where_it_was(asked, tmp_path):
-    results, rates = comparison.study(PLAN, tmp_path)
+    results, _, rates = comparison.study(PLAN, tmp_path)
     # The sweep, with the strong teacher, at two rates each; what belongs to another method takes that one's rate
     assert sorted(asked[:6]) == sorted((method, "strong", rate, 0) for method in METHODS[:3] for rate in (1e-4, 3e-4))
     assert rates == dict.fromkeys(METHODS, 3e-4)
@@ -66,8 +71,8 @@ def test_the_study_sweeps_chooses_and_goes_on_where_it_was(asked, tmp_path):
 
 
 def test_the_report(asked, tmp_path):
-    results, rates = comparison.study(PLAN, tmp_path)
-    comparison.report(results, rates, PLAN, tmp_path / "comparison.md", "command")
+    results, swept, rates = comparison.study(PLAN, tmp_path)
+    comparison.report(results, swept, rates, PLAN, tmp_path / "comparison.md", "command")
     text = (tmp_path / "comparison.md").read_text()
     # Seeds 1 and 2: 61% and 62%, with a standard deviation of 0.0071, so that 12.71 * 0.0071 / 2**0.5 = 6.4%
     assert text.count("| GRPO | 0.0003 | 61.5% | 61.5% | 61.5% | 61.5% ± 6.4% |  | 25% / 62% | 4 |") == 2
@@ -94,4 +99,9 @@ def test_every_method_is_well_formed(tmp_path):
     for plan in comparison.STUDENTS.values():
         assert set(plan["flawed"]) <= set(plan["methods"]) <= set(comparison.METHODS)
         assert plan["steps"] % plan["eval_steps"] == 0  # or the end isn't measured
-    assert {*comparison.SHARED_RATE, *comparison.SHARED_RATE.values(), *comparison.QUICK} <= set(comparison.METHODS)
+    assert {
+        *comparison.SHARED_RATE,
+        *comparison.SHARED_RATE.values(),
+        *comparison.QUICK,
+        *comparison.QUICK_FLAWED,
+    } <= set(comparison.METHODS)
