@@ -144,7 +144,16 @@ JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells on
 # What `--quick` runs with the strong teacher and, as far as the trust in the teacher matters, with the flawed one
 QUICK = ("GRPO", "RLAD", "offline distillation", "RLAD + named", "RLAD + named, trusted")
 QUICK_FLAWED = ("GRPO", "RLAD + named", "RLAD + named, trusted")
-SHOWN = ("GRPO", "RLAD", "KDRL", "on-policy distillation", "offline distillation", "RLAD + named", "distil, then GRPO")
+SHOWN = (
+    "GRPO",
+    "RLAD",
+    "KDRL",
+    "on-policy distillation",
+    "offline distillation",
+    "RLAD + named",
+    "RLAD + named, trusted",
+    "distil, then GRPO",
+)
 
 
 @cache
