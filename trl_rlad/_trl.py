@@ -22,6 +22,7 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from math import gcd, isfinite
 
 import torch
@@ -351,7 +352,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
 
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
         """Token ids of prompts, one for each row of this process's batch, as they are made for generation."""
-        return self._tokenize_prompts(prompts)[0]
+        return self._tokenize_prompts(deepcopy(prompts))[0]  # TRL may write into messages
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
