@@ -177,8 +177,8 @@ REWARDS = torch.tensor([[0.0], [0.5], [0.0], [1.0], [0.0], [0.0], [-1.0], [float
     ("rows", "success_reward", "expected"),
     [
         ("all", 0.0, [1, 1, 1, 1, 1, 1, 1, 1]),
-        ("failed", 0.0, [1, 0, 1, 0, 1, 1, 1, 1]),
-        ("failed", 0.5, [1, 1, 1, 0, 1, 1, 1, 1]),  # a reward of 0.5 is not higher than 0.5
+        ("failed", 0.0, [1, 0, 1, 0, 1, 1, 1, 0]),  # what wasn't judged hasn't failed
+        ("failed", 0.5, [1, 1, 1, 0, 1, 1, 1, 0]),  # a reward of 0.5 is not higher than 0.5
     ],
 )
 def test_rows(make_trainer, rows, success_reward, expected):
