@@ -304,6 +304,14 @@ def test_another_teacher_is_refused(checkpoint, student_path, teacher_path, tmp_
             trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_settings_that_are_objects_are_compared_as_they_were(student_path, teacher_path, tmp_path, caplog):
+    kwargs = {"teacher_model_init_kwargs": {"dtype": torch.float32, "attn_implementation": "eager"}}
+    kwargs |= {"teacher_log_ratio_clip": float("inf"), "save_strategy": "steps", "save_steps": 1}
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=1, **kwargs).train()
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=2, **kwargs).train(resume_from_checkpoint=True)
+    assert "settings have changed" not in caplog.text
+
+
 def test_another_objective_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):
     trainer = make_trainer(student_path, teacher_path, tmp_path, max_steps=3, alpha=0.7, teacher_kl_coef=0.1)
     trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -68,10 +68,11 @@ class RunRecord(TrainerCallback):
     def __init__(self, args: RLADConfig, teachers: dict[str, LocalTeacher]):
         ours = {field.name for field in fields(RLADConfig)} - {field.name for field in fields(GRPOConfig)}
         names = sorted(ours - _WITHOUT_EFFECT)
-        self.record = {
+        record = {
             "teachers": {name: describe_teacher(teacher, args.temperature) for name, teacher in teachers.items()},
             "settings": {name: value for name, value in args.to_dict().items() if name in names},
         }
+        self.record = json.loads(json.dumps(record, default=str))  # as it will be read again; a dtype is an object
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
