@@ -2,7 +2,7 @@
 Kill a run again and again and see whether it ends as an undisturbed one does; run it for long and see whether anything grows.
 
     python benchmarks/reliability.py --kills 20            # five to ten minutes
-    python benchmarks/reliability.py --soak 3000           # as long
+    python benchmarks/reliability.py --soak 2000           # ten minutes
 
 Both train the student of `examples/mini/` with all that has a state: distillation first, then a divergence whose coefficient
 moves, over the teacher's named tokens, with accumulation, a warm-up, and a reward that is a coroutine, so that the teacher
@@ -142,11 +142,11 @@ class Watch(TrainerCallback):
 
 def plot(rows, path):
     figure, axes = plt.subplots(3, sharex=True, figsize=(7, 5), layout="constrained")
-    labels = {"memory": "resident memory, MiB", "threads": "Python threads", "files": "open files"}
+    labels = {"memory": "memory, MiB", "threads": "Python threads", "files": "open files"}
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows])
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * max(row[name] for row in rows))
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=150)
