@@ -3,7 +3,7 @@ GRPO, KDRL, on-policy and offline distillation, RLAD and its relatives, side by 
 
     python benchmarks/comparison.py                        # with the mistaken student: two hours on two CPU cores
     python benchmarks/comparison.py --student hasty        # and `sheltered`: an hour each
-    python benchmarks/comparison.py --quick                # two seeds, one learning rate and five methods: ten minutes
+    python benchmarks/comparison.py --quick                # two seeds, one learning rate and five methods: 14 runs
 
 The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The *mistaken* student is that of the example too: it
 misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it
