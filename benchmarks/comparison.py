@@ -12,7 +12,8 @@ one operator: for the mistaken student `&`, which that student knows, for the ot
 
 Every method has the same number of steps and of rollouts (or of kept samples of the teacher, or of both, half and half). The
 learning rate of each method is chosen among the same three, by one (shorter, for the mistaken student) run each with the
-strong teacher; the figures come from other seeds. Each run adds one line to `runs.jsonl` in the output folder, from which the study goes on if it is interrupted.
+strong teacher; the figures come from other seeds. Each run adds one line to `runs.jsonl` in the output folder, from which the
+study goes on if it is interrupted.
 Two runs go side by side, on one thread each.
 """
 

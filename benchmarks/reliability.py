@@ -163,8 +163,8 @@ def main():
     if args.train:
         train(args.folder, args.train, save_strategy="steps", save_steps=1, save_total_limit=3)
     if args.kills:
-        # About a step between two kills, and some to spare
         with warnings.catch_warnings(action="ignore"):  # that a checkpoint was torn
+            # Between two kills there are about two steps
             torn, same = kill_again_and_again(args.folder, args.kills, 4 * args.kills, random.Random(args.seed))
         print(f"{len(torn)} kills, {sum(torn)} of them tore a checkpoint. Same weights to the last bit: {same}")
     if args.soak:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, MambaConfig, TrainerCallback
+from transformers import AutoConfig, MambaConfig, TrainerCallback, TrainerState
 
 from trl_rlad import RLADTrainer
-from trl_rlad.checkpoints import last_checkpoint
+from trl_rlad.checkpoints import RunRecord, last_checkpoint
 from trl_rlad.teachers.local import longest_input
 
 
@@ -310,6 +310,16 @@ def test_settings_that_are_objects_are_compared_as_they_were(student_path, teach
     make_trainer(student_path, teacher_path, tmp_path, max_steps=1, **kwargs).train()
     make_trainer(student_path, teacher_path, tmp_path, max_steps=2, **kwargs).train(resume_from_checkpoint=True)
     assert "settings have changed" not in caplog.text
+
+
+def test_a_record_holds_what_json_does_not(tmp_path, caplog):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    args = tiny.make_config(tmp_path, teacher_model_init_kwargs={"cache_dir": Path("there"), "max_memory": (1, 2)})
+    record = RunRecord(args, {})
+    record.on_save(args, TrainerState(global_step=1, is_world_process_zero=True), None)
+    record.compare(str(folder))
+    assert (folder / "rlad.json").exists() and "settings have changed" not in caplog.text
 
 
 def test_another_objective_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):
