@@ -128,7 +128,7 @@ class _LossBatch(dict):
 
     def __init__(self, batch: dict):
         super().__init__(batch)
-        self.unread = set()
+        self.unread: set[str] = set()
 
     def __setitem__(self, key, value):
         self.unread.add(key)
@@ -151,6 +151,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
     the padding of the others.
     """
 
+    model: torch.nn.Module
     trims_padding = False
     # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
     is_guided = False

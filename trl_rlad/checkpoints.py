@@ -43,7 +43,7 @@ def last_checkpoint(output_dir: str) -> str | None:
 def describe_teacher(teacher: LocalTeacher, temperature: float) -> dict[str, Any]:
     """What tells one teacher from another: its name, commit on the Hub, vocabulary, and the temperature at which it scores."""
     vocabulary = teacher.tokenizer.get_vocab()
-    tokens = "\0".join(sorted(vocabulary, key=vocabulary.get))
+    tokens = "\0".join(sorted(vocabulary, key=vocabulary.__getitem__))
     return {
         "name": teacher.name,
         "commit": getattr(teacher.config, "_commit_hash", None),

@@ -15,7 +15,8 @@ def teacher_numbers(teacher_ids: Iterable[str | None], names: Collection[str]) -
     Raises:
         `ValueError`: if one of them is no teacher.
     """
-    numbers, teacher_ids = {name: number for number, name in enumerate(names)}, list(teacher_ids)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    teacher_ids = list(teacher_ids)
     if unknown := set(teacher_ids) - numbers.keys():
         raise ValueError(
             f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. Those of `teacher_model` "
@@ -73,12 +74,13 @@ class RoutedScorer:
         completions: Sequence[Sequence[int]],
         masks: Sequence[Sequence[int]],
         top_k: int = 0,
-        teacher_index: torch.Tensor | None = None,
+        *,
+        teacher_index: torch.Tensor,
     ) -> Iterator[None]:
         """As [`TeacherScorer.ahead`], each row by the teacher whose number it has in `teacher_index`."""
         with ExitStack() as stack:
             for number, scorer in enumerate(self.scorers.values()):
                 mine = (teacher_index == number).nonzero().flatten().tolist()
-                rows = ([column[i] for i in mine] for column in (prompts, completions, masks))
-                stack.enter_context(scorer.ahead(*rows, top_k))
+                own = [[column[i] for i in mine] for column in (prompts, completions, masks)]
+                stack.enter_context(scorer.ahead(own[0], own[1], own[2], top_k))
             yield

@@ -92,7 +92,8 @@ class TeacherScorer(TrainerCallback):
         self.is_shared = torch.zeros(teacher.vocab_size, dtype=torch.bool)
         self.is_shared[torch.tensor(sorted(shared_ids), dtype=torch.long)] = True
         self.calls, self.seconds, self.has_trained = 0, 0.0, False
-        self._ahead, self._waited = {}, 0.0  # what `ahead` has scored, and how long it was waited for
+        self._ahead: dict[tuple, TokenScores] = {}  # what `ahead` has scored,
+        self._waited = 0.0  # and how long it was waited for
         barrier_group()
 
     def release(self):
@@ -265,7 +266,8 @@ class TeacherScorer(TrainerCallback):
         for group in groups:
             if len(group) == 1:
                 alone.setdefault(rows[group[0]].shapes, []).append(group[0])
-        image_batches, text_batches = [], []
+        image_batches: list[list[int]] = []
+        text_batches: list[list[int]] = []
         for shapes, items in alone.items():
             batches = image_batches if shapes else text_batches
             batches += select(items, cut([len(rows[i]) for i in items], self.tokens_per_batch))
@@ -276,7 +278,7 @@ class TeacherScorer(TrainerCallback):
                 text_batches += select(group, cuts)
         if self.teacher.is_sharded:
             self._keep_pace(image_batches, text_batches)
-        scores = {}
+        scores: dict[int, TokenScores] = {}
         if image_batches or text_batches:
             with self.teacher.placed():
                 for batch in image_batches + text_batches:

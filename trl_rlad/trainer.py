@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -76,6 +77,8 @@ class RLADTrainer(GuidedGRPOTrainer):
         `ValueError`: if a teacher is needed and missing, or the teacher and the student don't fit together.
     """
 
+    args: RLADConfig
+
     _tag_names = ["trl", "grpo", "rlad"]
     _name = "RLAD"
     _paper = {
@@ -115,7 +118,7 @@ class RLADTrainer(GuidedGRPOTrainer):
                 f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model`, or "
                 "set `alpha=1.0` without a `teacher_kl_coef` or `distillation_ratio` to train with GRPO."
             )
-        teachers = teacher_model if isinstance(teacher_model, dict) else {"": teacher_model}
+        teachers: dict[str, Any] = teacher_model if isinstance(teacher_model, dict) else {"": teacher_model}
         if any(_share_weights(model, each) for each in teachers.values()):
             raise ValueError(
                 "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
@@ -149,14 +152,13 @@ class RLADTrainer(GuidedGRPOTrainer):
         self.run_record = RunRecord(args, self._teachers)
         self.add_callback(self.run_record)
         if args.should_save:
-            check_writable(args.output_dir)
+            check_writable(str(args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint:
-            if resume_from_checkpoint is True:  # with none at all, transformers says so
-                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
-            if resume_from_checkpoint is not True:
-                self.run_record.compare(resume_from_checkpoint)
+        if resume_from_checkpoint is True:  # with none at all, transformers says so
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
+        if resume_from_checkpoint is not True and resume_from_checkpoint:
+            self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_teacher_ids(self, teacher_model):

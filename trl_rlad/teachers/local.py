@@ -87,9 +87,9 @@ class FusedHead:
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         self.config, self.get_output_embeddings = model.config, model.get_output_embeddings
-        add_fused_lm_head(self, temperature=temperature)
+        add_fused_lm_head(self, temperature=temperature)  # type: ignore[arg-type]  # as much of a model as TRL looks at
 
-    def forward(self):
+    def forward(self, *args, **kwargs):
         raise NotImplementedError  # replaced by the fused one
 
     def base_model(self, hidden_states, **kwargs):
@@ -140,7 +140,7 @@ class LocalTeacher:
             "dtype": "auto",
             "device_map": None,
             "revision": args.teacher_model_revision,
-            **(args.teacher_model_init_kwargs or {}),
+            **(args.teacher_model_init_kwargs or {}),  # type: ignore[dict-item]  # `args` has read the text of it
         }
         self.hub_kwargs = {name: self.init_kwargs[name] for name in HUB_KWARGS if name in self.init_kwargs}
         self.source = model  # what to load again after `release`
@@ -159,7 +159,7 @@ class LocalTeacher:
         if damaged := find_non_finite(model):
             raise ValueError(f"The weights of `teacher_model` {self.name!r} aren't finite: {', '.join(damaged[:5])}.")
         self.paths = [(path, self.init_kwargs["revision"]), (get_config_model_id(model.config), None)]
-        self.tokenizer = self.load_processing_class(AutoTokenizer)
+        self.tokenizer: PreTrainedTokenizerBase = self.load_processing_class(AutoTokenizer)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.max_length = longest_input(model.config)
         self.reads_images = "pixel_values" in inspect.signature(model.forward).parameters
@@ -210,9 +210,7 @@ class LocalTeacher:
                 f"{self.args.teacher_model_init_kwargs}`.{what} {error}"
             ) from error
 
-    def load_processing_class(
-        self, auto_class: type[AutoTokenizer | AutoProcessor]
-    ) -> PreTrainedTokenizerBase | ProcessorMixin:
+    def load_processing_class(self, auto_class: type[AutoTokenizer | AutoProcessor]) -> Any:
         """The teacher's tokenizer or processor, or if it is an adapter without one, that of its base."""
         for name, revision in self.paths:
             try:
@@ -400,7 +398,9 @@ class WrappedTeacher(LocalTeacher):
 def load_whole(path: str, config: PretrainedConfig, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     """A model with all its weights: transformers would initialize those that are missing."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    model, info = create_model_from_path(path, architecture, output_loading_info=True, **init_kwargs)
+    # Typed as one model, they are two with `output_loading_info`
+    loaded: Any = create_model_from_path(path, architecture, output_loading_info=True, **init_kwargs)
+    model, info = loaded
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(f"{len(missing)} of its weights are missing, such as {', '.join(missing[:5])}.")
     return model
