@@ -17,7 +17,7 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
 - The inputs beside the tokens that the student's forward pass is given for images, and `split_pixel_values_by_grid`.
 - `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
-  `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
+  `get_comet_experiment_url`, `get_trackio_space_url`, `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
   `trl.models.prepare_fsdp`.
 """
 
@@ -29,12 +29,15 @@ import torch
 from accelerate.utils import DistributedType
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import is_wandb_available
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
+    get_comet_experiment_url,
     get_config_model_id,
+    get_trackio_space_url,
     is_async_callable,
     split_pixel_values_by_grid,
     unsplit_pixel_values_by_grid,
@@ -56,6 +59,7 @@ __all__ = [
     "logit_scale",
     "patched",
     "prepare_fsdp",
+    "run_links",
     "split_images",
     "use_adapter",
 ]
@@ -73,6 +77,16 @@ def logit_scale(text_config: PretrainedConfig) -> float:
     if scaling is None:
         return 1.0
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
+
+
+def run_links() -> dict[str, str]:
+    """Where the run that is being logged can be looked at, by the name of the service."""
+    links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        links["Weights & Biases"] = wandb.run and wandb.run.url
+    return {name: url for name, url in links.items() if url}
 
 
 # What TRL hands to a vision-language model beside the tokens

@@ -4,7 +4,6 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,6 +19,7 @@ from .checkpoints import RunRecord, last_checkpoint
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
+from .model_card import write_model_card
 from .routing import RoutedScorer, teacher_numbers
 from .teacher_kl import forward_kl, reverse_kl
 from .teacher_scorer import TeacherScorer
@@ -435,20 +435,8 @@ class RLADTrainer(GuidedGRPOTrainer):
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             info = getattr(self.train_dataset, "info", None)
-            rows = {
-                "Teacher": ", ".join(teacher.name for teacher in self._teachers.values()) or "none",
-                "`alpha`": self.args.alpha,
-                "`teacher_credit`": self.args.teacher_credit,
-                "`teacher_log_ratio_clip`": self.trrd.teacher_log_ratio_clip,
-                "`teacher_kl_coef`": self.args.teacher_kl_coef,
-                "`teacher_kl_estimator`": self.args.teacher_kl_estimator,
-                "`distillation_ratio`": self.args.distillation_ratio,
-                "Dataset": dataset_name or getattr(info, "dataset_name", None) or "not named",
-            }
-            table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-            path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
-            card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
-            path.write_text(card, encoding="utf-8")
+            dataset_name = dataset_name or getattr(info, "dataset_name", None)
+            write_model_card(self, self.run_record.record["teachers"], dataset_name)
 
 
 def _datasets(dataset) -> Iterable:
