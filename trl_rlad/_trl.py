@@ -174,7 +174,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
     # Those of this process: token ids of prompts and completions, and if there are any, masks of tools, and images
     _rollouts, _images = None, None
-    _rewards_per_func = None  # those of the generation batch being made, of all processes
+    _rows, _rewards_per_func = None, None  # those of the generation batch being made; the rewards of all processes
 
     def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
         """
@@ -203,6 +203,15 @@ class GuidedGRPOTrainer(GRPOTrainer):
         """Return what is added to the loss of each token, as the reference KL is, or `None` for nothing."""
         return None
 
+    def after_generation(
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        tool_mask: list[list[int]] | None,
+    ):
+        """Told of this process's rollouts, of text only, when they are there, with the dataset's rows they belong to."""
+
     def during_rewards(
         self,
         rows: list[dict],
@@ -219,6 +228,8 @@ class GuidedGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts):
         outputs = super()._generate(prompts)
         *self._rollouts, _, _, _, self._images, _ = outputs
+        if self._images is None:
+            self.after_generation(self._rows, *self._rollouts)
         return outputs
 
     def _calculate_rewards(self, inputs, *args, **kwargs):
@@ -234,6 +245,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         return self.extend_rollout(batch, self._rewards_per_func, inputs)
 

@@ -19,8 +19,8 @@ def teacher_numbers(teacher_ids: Iterable[str | None], names: Collection[str]) -
     teacher_ids = list(teacher_ids)
     if unknown := set(teacher_ids) - numbers.keys():
         raise ValueError(
-            f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. Those of `teacher_model` "
-            f"are {', '.join(map(repr, numbers))}."
+            f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. They are "
+            f"{', '.join(map(repr, numbers))}."
         )
     return torch.tensor([numbers[name] for name in teacher_ids], dtype=torch.long)
 
@@ -41,6 +41,11 @@ class RoutedScorer:
     def seconds(self) -> float:
         """Time the last call of `score` took."""
         return sum(scorer.seconds for scorer in self.scorers.values())
+
+    @property
+    def failed_rows(self) -> int:
+        """Number of rows of the last call of `score` to which a teacher has had no answer."""
+        return sum(scorer.failed_rows for scorer in self.scorers.values())
 
     def release(self):
         """Let the weights of all teachers go."""
@@ -67,6 +72,19 @@ class RoutedScorer:
             for name, part in merged.items()
         }
 
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]],
+        top_k: int = 0,
+        *,
+        teacher_index: torch.Tensor,
+    ):
+        """As [`TeacherScorer.begin`], each row for the teacher whose number it has in `teacher_index`."""
+        for scorer, rows in self._rows_of_each(teacher_index, prompts, completions, masks):
+            scorer.begin(*rows, top_k)
+
     @contextmanager
     def ahead(
         self,
@@ -79,8 +97,11 @@ class RoutedScorer:
     ) -> Iterator[None]:
         """As [`TeacherScorer.ahead`], each row by the teacher whose number it has in `teacher_index`."""
         with ExitStack() as stack:
-            for number, scorer in enumerate(self.scorers.values()):
-                mine = (teacher_index == number).nonzero().flatten().tolist()
-                own = [[column[i] for i in mine] for column in (prompts, completions, masks)]
-                stack.enter_context(scorer.ahead(own[0], own[1], own[2], top_k))
+            for scorer, rows in self._rows_of_each(teacher_index, prompts, completions, masks):
+                stack.enter_context(scorer.ahead(*rows, top_k))
             yield
+
+    def _rows_of_each(self, teacher_index, *columns):
+        for number, scorer in enumerate(self.scorers.values()):
+            mine = (teacher_index == number).nonzero().flatten().tolist()
+            yield scorer, [[column[i] for i in mine] for column in columns]
