@@ -30,5 +30,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Docstrings name classes in TRL's way, [`~package.Class`], which would need the sites of all these packages."""
-    return re.sub(r"\[(<code>|`)~?(?:\w+\.)*(\w+)(</code>|`)\]", r"<code>\2</code>", html)
+    """Docstrings name types in TRL's way, [`~package.Class`], which would need the sites of all these packages."""
+    html = re.sub(
+        r"<code>[^<]*`[^<]*</code>", lambda cell: re.sub(r"\[?`~?|`\]?|\*|\b(\w+\.)+(?=[A-Z])", "", cell[0]), html
+    )
+    return re.sub(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]", r"<code>\1</code>", html)
