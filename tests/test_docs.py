@@ -47,6 +47,7 @@ ARGUMENTS = {
     "RLADConfig": SETTINGS,
     "RLADTrainer": {name for cls in RLADTrainer.__mro__[:3] for name in inspect.signature(cls.__init__).parameters},
 }
+SMALL = ("use_cpu", "bf16", "max_completion_length", "logging_steps", "report_to", "save_strategy", "learning_rate")
 OF_OTHERS = {"k", "logprobs", "weights_only"}  # named on the pages with a value
 
 
@@ -110,6 +111,35 @@ def test_code_blocks(page):
     named = re.findall(r"`([a-z_]+)=[^`]*`", BLOCK.sub("", text))
     if page.name != "bad_input.md":
         assert set(named) <= SETTINGS | ARGUMENTS["RLADTrainer"] | OF_OTHERS
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("was", ["GRPO", "Distillation"])
+def test_what_the_diffs_convert_runs_before_and_after(was, side, tmp_path, monkeypatch, student_path):
+    (diff,) = (d for _, language, d in BLOCK.findall((ROOT / "docs/migrating.md").read_text()) if f"{was}Config" in d)
+    dropped = "+" if side == "before" else "-"
+    source = "".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith(dropped))
+    assert ("trl_rlad" in source) == (side == "after")
+    source = source.replace("Qwen/Qwen3-0.6B", student_path)
+    source = source.replace("Qwen/Qwen3-8B", tiny.save_model(tmp_path / "teacher", seed=1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: tiny.make_dataset())
+    monkeypatch.setattr("trl.rewards.accuracy_reward", tiny.reward)
+
+    def shrink(cls):
+        """A configuration as it stands there, in miniature."""
+
+        def make(**kwargs):
+            small = {name: getattr(tiny.make_config("outputs"), name) for name in SMALL}
+            return cls(**small | {"max_steps": 2} | kwargs)
+
+        return make
+
+    namespace = {"shrink": shrink}
+    exec(re.sub(r"args=(\w+Config)\(", r"args=shrink(\1)(", source), namespace)
+    logs = [log for log in namespace["trainer"].state.log_history if "grad_norm" in log]
+    assert len(logs) == 2 and all(log["grad_norm"] > 0 for log in logs)
+    assert any(name.startswith("teacher/") for name in logs[0]) == (side == "after")
 
 
 def test_readme_links():
