@@ -8,7 +8,6 @@ a CPU core, and another three the first time, for the models of the study.
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -21,10 +20,18 @@ from trl_rlad.probe import recommend, report
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = (
-    "mean@1", "pass@k", "signal", "all_failed", "contradicted", "gap", "beyond_clip", "discrimination", "teacher_auc", "student_auc",
-    "prefers_rewarded", "prefers_punished", "top1", "entropy", "student_entropy", "clip_high@0.5", "clip_low@0.5",
+    "mean@1", "pass@k", "signal", "all_failed", "student_entropy", "gap", "beyond_clip", "discrimination", "teacher_auc", "student_auc",
+    "prefers_rewarded", "prefers_punished", "contradicted_failed", "contradicted_succeeded", "top1", "entropy", "clip_high@0.5", "clip_low@0.5",
 )  # fmt: skip
 METHODS = ("RLAD", "credit", "KDRL", "on-policy distillation", "RLAD + named", "offline distillation")
+
+
+HEAD = """# The probe beside the study
+
+`python benchmarks/probe_study.py`: figures of `trl-rlad probe` on {prompts} prompts with 8 completions each, taken before any
+training, in brackets their 95% intervals (bootstrap over prompts); below them, the gain of each method over GRPO after
+training, in points, from the runs of [the comparison](../../comparison.py).
+"""
 
 
 def gains(student, teacher):
@@ -53,13 +60,15 @@ def probe(student, teacher, prompts, models):
     probe = Probe(trainer)
     probe.run(prompts)
     figures = report(probe.rollouts, eos_token_ids=trainer.eos_token_ids)
-    return figures | {"teacher_accuracy": probe.teacher_accuracy(prompts)}
+    return figures | probe.sample_teacher(prompts)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=96, help="prompts of each probe, with 8 completions each")
-    parser.add_argument("--models", type=Path, default=Path("outputs", "comparison"), help="where the models are or go")
+    parser.add_argument(
+        "--models", type=Path, default=Path("outputs", "comparison"), help="where the models are or go"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.models.mkdir(parents=True, exist_ok=True)
@@ -68,19 +77,24 @@ def main():
         if not (args.models / name).exists():
             comparison.COMPARISON[name](args.models / name)
     found = {case: probe(*case, args.prompts, args.models) for case in cases}
-    (args.models / "probe_study.json").write_text(json.dumps([[*case, figures] for case, figures in found.items()]))
 
     rows = [["", *(f"{student}, {teacher}" for student, teacher in cases)]]
     rows.append(["---"] * len(rows[0]))
     for name in FIGURES:
         rows.append([f"`{name}`", *("{:.2f} ({:.2f} to {:.2f})".format(*found[case][name]) for case in cases)])
-    rows.append(["`teacher_accuracy`", *(f"{found[case]['teacher_accuracy']:.2f}" for case in cases)])
+    for name in ("teacher_accuracy", "teacher_rescues"):
+        rows.append([f"`{name}`", *(f"{found[case][name]:.2f}" for case in cases)])
     study = {case: gains(*case) for case in cases}
     for method in METHODS:
         cells = [study[case].get(method) for case in cases]
         rows.append([f"{method}, over GRPO", *("{:+.1f} ± {:.1f}".format(*cell) if cell else "-" for cell in cells)])
-    rows.append(["the probe's advice", *(recommend(found[case])["method"] for case in cases)])
-    print("\n".join("| " + " | ".join(row).replace("nan (nan to nan)", "-") + " |" for row in rows))
+    for name in ("before", "in the loss"):
+        rows.append([f"the probe's advice: {name}", *(recommend(found[case])[name] for case in cases)])
+    table = "\n".join("| " + " | ".join(row).replace("nan (nan to nan)", "-") + " |" for row in rows)
+    path = RESULTS / "probe" / "study.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{HEAD.format(prompts=args.prompts)}\n{table}\n")
+    print(f"Wrote {path}")
 
 
 if __name__ == "__main__":
