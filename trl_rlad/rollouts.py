@@ -19,6 +19,8 @@ CLIPPED = ("", "teacher", "policy")  # by what the clipping has dropped a token 
 
 def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text that each token adds to what comes before it, its space included."""
+    if not ids:
+        return []
     alone = tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False)
     pairs = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)], clean_up_tokenization_spaces=False)
     followed = zip(pairs, alone, alone[1:], strict=False)
@@ -114,11 +116,13 @@ class RolloutLog(TrainerCallback):
         batch: dict,
     ):
         """Keep what is wanted of a micro-batch, given what the loss compares in it. Called by all processes at once."""
-        if "rollout" not in batch or "teacher_mask" not in batch:
+        if "rollout" not in batch:
             return
-        trainer, mask = self.trainer, batch["teacher_mask"]
+        trainer = self.trainer
         logps, old_logps = per_token_logps.detach().float(), old_per_token_logps.float()
-        teacher = batch.get("teacher_per_token_logps", torch.zeros_like(logps)).masked_fill(~mask, float("nan"))
+        teacher = torch.full_like(logps, float("nan"))
+        if "teacher_per_token_logps" in batch:
+            teacher = torch.where(batch["teacher_mask"], batch["teacher_per_token_logps"], teacher)
         means = (logps - teacher).nanmean(1)
         for number, mean in trainer.accelerator.gather(torch.stack([batch["rollout"].float(), means], dim=1)).tolist():
             self.log_ratios[int(number)] = _known(round(mean, 4))

@@ -23,7 +23,7 @@ PANELS = {
         "by the teacher": ["clip_ratio/high_by_teacher", "clip_ratio/low_by_teacher"],
         "by the policy": ["clip_ratio/high_by_policy", "clip_ratio/low_by_policy"],
     },
-    "pass@1 in evaluation": {"": [r"eval_rewards/.*/pass@1"]},
+    "pass@1 in evaluation": {},  # of each reward function
     "seconds": {"step": ["step_time"], "generation": ["generation_time"], "scoring": ["teacher/scoring_time"]},
 }
 STYLES = ("-", "--", ":")
@@ -36,14 +36,14 @@ CSS = """
 }
 body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--page); color: var(--ink);
        font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { max-width: 50rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { max-width: 50rem; } .legend { max-width: none; }
 small, .soft { color: var(--soft); font-size: .85rem; }
 svg { width: 100%; height: auto; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin: 0 .35em 0 .9em; }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: .8rem 0; padding: .5rem .9rem; }
 summary { cursor: pointer; }
 .prompt { color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; max-height: 9em; overflow: auto; }
-.row { display: grid; grid-template-columns: 9.5rem 1fr; gap: 1rem; border-top: 1px solid var(--line); padding: .45rem 0; }
+.row { display: grid; grid-template-columns: 11.5rem 1fr; gap: 1rem; border-top: 1px solid var(--line); padding: .45rem 0; }
 .tokens { font: 13.5px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .up, .down { font-weight: 600; } .up { color: #2f9e62; } .down { color: #d14a4a; }
 .tokens span, .legend span { border-radius: 2px; }
@@ -127,14 +127,18 @@ def _groups(runs):
 
 def _card(change, name, key, records, is_open):
     rows = []
-    for record in sorted(records, key=lambda record: -record["advantage"]):
+    # The same completion several times is shown once
+    records = sorted(records, key=lambda record: (-record["advantage"], record["tokens"]))
+    for _, same in groupby(records, key=lambda record: (-record["advantage"], record["tokens"])):
+        record, *others = same
         gaps = [x for x in _gaps(record) if x is not None]
         side = "up" if record["advantage"] > 0 else "down" if record["advantage"] < 0 else ""
-        facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span>', f"reward {record['reward']:g}"]
-        facts.append(f"mean gap {mean(gaps):+.2f}" if gaps else "not read by the teacher")
+        facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · reward {record["reward"]:g}']
+        facts += [f"{1 + len(others)} times the same"] if others else []
+        facts.append(f"mean {mean(gaps):+.2f}" if gaps else "not read by the teacher")
         clipped = record.get("clipped") or []
         facts += [
-            f"{clipped.count(number) / len(clipped):.0%} clipped by {'the ' * (cause == 'teacher')}{cause}"
+            f"{clipped.count(number) / len(clipped):.0%} clipped by the {cause}"
             for number, cause in enumerate(CLIPPED)
             if number and number in clipped
         ]
@@ -166,7 +170,7 @@ def _token(text, logp, teacher_logp, clipped):
     if clipped:
         classes.append(CLIPPED[clipped])
         facts.append(f"clipped by the {CLIPPED[clipped]}")
-    facts = escape(f"{text.strip() or text!r}   " + "   ".join(facts))
+    facts = escape("   ".join([text.strip() or repr(text), *facts]))
     shown = escape(text).replace("\n", "⏎\n")
     return f'<span class="{" ".join(classes)}" data-x="{facts}">{shown}</span>'
 
@@ -181,13 +185,19 @@ def _colors(logs):
 
 
 def _curve(log: list[dict], names: list[str]) -> dict[int, float]:
-    """Values by step: the sum of the metrics of these names, each of which may be a regular expression."""
-    values = {}
+    """Values by step of the sum of some metrics; the mean where a step has several, such as those of parts of a data set."""
+    values: dict[int, list[float]] = {}
     for entry in log:
-        found = [v for key, v in entry.items() if any(re.fullmatch(name, key) for name in names) and v is not None]
-        if found:
-            values[entry["step"]] = sum(found)
-    return values
+        if found := [entry[name] for name in names if entry.get(name) is not None]:
+            values.setdefault(entry["step"], []).append(sum(found))
+    return {step: mean(of_step) for step, of_step in values.items()}
+
+
+def _lines(logs: dict[str, list[list[dict]]]) -> dict[str, dict[str, list[str]]]:
+    """`PANELS`, with the reward functions of these runs."""
+    names = sorted({name for of_name in logs.values() for log in of_name for entry in log for name in entry})
+    rewards = [name.split("/")[1] for name in names if re.fullmatch("eval_rewards/.*/pass@1", name)]
+    return PANELS | {"pass@1 in evaluation": {reward: [f"eval_rewards/{reward}/pass@1"] for reward in rewards}}
 
 
 def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
@@ -198,7 +208,7 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     and there is nothing to zoom into that the log doesn't tell better.
     """
     panels: dict[str, dict[str, dict[str, list]]] = {}
-    for title, lines in PANELS.items():
+    for title, lines in _lines(logs).items():
         for label, metrics in lines.items():
             curves = {name: [_curve(log, metrics) for log in of_name] for name, of_name in logs.items()}
             if any(map(any, curves.values())):
@@ -230,6 +240,7 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
                     _draw(axis, [curve for curve in curves[name] if curve], style, color)
                 if label:
                     axis.plot([], [], style, color=INK, label=label)
+            axis.set_xlabel("step")
             if any(lines):
                 axis.legend(frameon=False, fontsize=8)
         file = StringIO()

@@ -116,8 +116,12 @@ class Probe:
             successes.extend((trainer.total_reward(rewards_per_func) > trainer.args.success_reward).tolist())
             return batch
 
-        with scorer.teacher.placed():
-            self._evaluate(num_prompts, extend_rollout=extend_rollout, model_wrapped=scorer.teacher.model)
+        # A padded vocabulary has more rows than the student knows
+        beyond = list(range(max(trainer.tokenizer.get_vocab().values()) + 1, scorer.teacher.vocab_size))
+        attributes = {"extend_rollout": extend_rollout, "model_wrapped": scorer.teacher.model}
+        attributes["compute_loss"] = lambda *_, **__: torch.zeros(())  # the student has nothing to do with it
+        with scorer.teacher.placed(), patch.object(trainer.generation_config, "suppress_tokens", beyond or None):
+            self._evaluate(num_prompts, **attributes)
         k, solved = (
             trainer.num_generations,
             {r["group"] for r in self.rollouts if r["reward"] > trainer.args.success_reward},
