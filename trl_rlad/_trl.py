@@ -26,11 +26,12 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from math import gcd, isfinite
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_wandb_available
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
@@ -167,7 +168,9 @@ class GuidedGRPOTrainer(GRPOTrainer):
     the padding of the others.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
+    num_generations: int
+    _logs: dict[str, Any]
     trims_padding = False
     # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
     is_guided = False

@@ -137,7 +137,7 @@ class RolloutLog(TrainerCallback):
             log_ratios = [logps - old_logps if anchor is None else logps - anchor.detach().float(), logps - old_logps]
             if trainer.importance_sampling_level == "sequence":
                 log_ratios = [sequence_log_ratio(each, trainer.loss_mask(batch)) for each in log_ratios]
-            causes = clip_causes(*log_ratios, advantages, trainer.epsilon_low, trainer.epsilon_high)
+            causes = clip_causes(log_ratios[0], log_ratios[1], advantages, trainer.epsilon_low, trainer.epsilon_high)
             for name, is_clipped in causes.items():
                 clipped = clipped.masked_fill(is_clipped, CLIPPED.index(name.partition("_by_")[2]))
         columns = {

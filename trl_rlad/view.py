@@ -1,10 +1,12 @@
 """One HTML file, without a script and without an outside address, that shows what a teacher did to a run."""
 
 import re
+from collections.abc import Iterable, Iterator
 from html import escape
 from io import StringIO
 from itertools import groupby
 from statistics import mean
+from typing import Any
 
 from .rollouts import CLIPPED
 
@@ -114,7 +116,7 @@ def _gaps(record):
     return [None if teacher is None else student - teacher for student, teacher in pairs]
 
 
-def _groups(runs):
+def _groups(runs: Iterable) -> Iterator[tuple[float, str, tuple, list[dict]]]:
     """How much the teacher changed each group, the group's run, its number there, and its records."""
     for name, records, _ in runs:
         for key, group in groupby(records, key=lambda record: (record["step"], record["group"])):
@@ -218,7 +220,12 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif", "font.size": 9}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "",
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
     settings |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,
