@@ -13,28 +13,34 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
   `_get_per_token_logps_and_entropies` with a `batch_size`, for the log-probabilities of the old policy and the reference.
 - `Trainer._get_grad_norm`, which is called before the optimizer's step.
 - `GRPOTrainer._entropy_bonus_enabled`, `aux_loss_enabled`, `top_entropy_quantile` and `pad_to_multiple_of`.
+- `GRPOTrainer._logs`, whose `prompt` and `extra` are columns of the table of completions.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
 - The inputs beside the tokens that the student's forward pass is given for images, and `split_pixel_values_by_grid`.
 - `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
-  `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
+  `get_comet_experiment_url`, `get_trackio_space_url`, `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
   `trl.models.prepare_fsdp`.
 """
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from math import gcd, isfinite
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_wandb_available
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
+    get_comet_experiment_url,
     get_config_model_id,
+    get_trackio_space_url,
     is_async_callable,
     split_pixel_values_by_grid,
     unsplit_pixel_values_by_grid,
@@ -56,6 +62,7 @@ __all__ = [
     "logit_scale",
     "patched",
     "prepare_fsdp",
+    "run_links",
     "split_images",
     "use_adapter",
 ]
@@ -73,6 +80,16 @@ def logit_scale(text_config: PretrainedConfig) -> float:
     if scaling is None:
         return 1.0
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
+
+
+def run_links() -> dict[str, str]:
+    """Where the run that is being logged can be looked at, by the name of the service."""
+    links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        links["Weights & Biases"] = wandb.run and wandb.run.url
+    return {name: url for name, url in links.items() if url}
 
 
 # What TRL hands to a vision-language model beside the tokens
@@ -145,16 +162,20 @@ class _LossBatch(dict):
 
 class GuidedGRPOTrainer(GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] with four places to hold on to: what a rollout batch is given along, what is seen of the forward
-    pass, which log-probabilities the policy is compared with, and what is added to the loss of each token. Left alone, they
-    change nothing, not even a bit. With `trims_padding` the student's passes run on micro-batches of similar lengths without
+    [`~trl.GRPOTrainer`] with five places to hold on to: what a rollout batch is given along, what is seen of the forward
+    pass, which log-probabilities the policy is compared with, what is added to the loss of each token, and what is seen of
+    all this. Left alone, they change nothing, not even a bit. With `trims_padding` the student's passes run on micro-batches of similar lengths without
     the padding of the others.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
+    num_generations: int
+    _logs: dict[str, Any]
     trims_padding = False
     # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
     is_guided = False
+
+    generation_time = 0.0  # seconds that the last generation batch took, tools included
 
     _has_guided = False  # whether the loss of this step has come by here
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
@@ -198,6 +219,15 @@ class GuidedGRPOTrainer(GRPOTrainer):
     ):
         """Told of this process's rollouts, of text only, when they are there, with the dataset's rows they belong to."""
 
+    def see_tokens(
+        self,
+        per_token_logps: torch.Tensor,
+        old_per_token_logps: torch.Tensor,
+        anchor: torch.Tensor | None,
+        batch: dict,
+    ):
+        """Look at what the loss compares in a micro-batch, `(B, T)` each. `anchor` is what `get_anchor` returned."""
+
     def during_rewards(
         self,
         rows: list[dict],
@@ -212,7 +242,10 @@ class GuidedGRPOTrainer(GRPOTrainer):
         return nullcontext()
 
     def _generate(self, prompts):
+        start = time.perf_counter()
         outputs = super()._generate(prompts)
+        self.generation_time = time.perf_counter() - start
+        self.log_value("generation_time", self.generation_time)
         *self._rollouts, _, _, _, self._images, _ = outputs
         if self._images is None:
             self.after_generation(self._rows, *self._rollouts)
@@ -341,6 +374,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
                 old_per_token_logps = per_token_logps.detach()
             penalty = self.get_penalty(per_token_logps, batch)
             anchor = self.get_anchor(per_token_logps, old_per_token_logps, batch)
+            self.see_tokens(per_token_logps, old_per_token_logps, anchor, batch)
             if penalty is not None:
                 batch.setdefault("ref_per_token_logps", per_token_logps.detach())  # without one, a KL of 0
                 self.beta = _Beta(self.beta)
@@ -393,3 +427,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
     def log_value(self, name: str, value: float):
         """Log a metric that all processes agree on."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def fill_column(self, name: str, values: dict[int, float | None]):
+        """Fill a column of the table that `log_completions` writes, by the number of the row; `None` where there is none."""
+        self._logs["extra"][name] = [values.get(row) for row in range(len(self._logs["prompt"]))]

@@ -53,3 +53,19 @@ def forward_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torc
     teacher_rest = (1.0 - teacher.sum(-1)).clamp(min=0.0)
     named = torch.xlogy(teacher, teacher) - teacher * log_probs
     return named.sum(-1) + torch.xlogy(teacher_rest, teacher_rest) - teacher_rest * rest.log()
+
+
+def named_entropy(teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """
+    The teacher's entropy with all but its likeliest tokens in one bucket: a lower bound, and exact if all tokens are given.
+
+    Args:
+        teacher_log_probs (`torch.Tensor` of shape `(..., k)`, floating point):
+            Log-probabilities, in nats, of the likeliest tokens. A token at `-inf` counts as not given.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, in nats.
+    """
+    teacher = teacher_log_probs.exp()
+    rest = (1.0 - teacher.sum(-1)).clamp(min=0.0)
+    return -torch.xlogy(teacher, teacher).sum(-1) - torch.xlogy(rest, rest)

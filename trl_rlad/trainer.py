@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryFile
 from typing import Any
@@ -21,9 +20,11 @@ from .checkpoints import RunRecord, last_checkpoint
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
+from .model_card import write_model_card
+from .rollouts import RolloutLog
 from .routing import RoutedScorer, teacher_numbers
 from .served_scorer import ServedScorer
-from .teacher_kl import forward_kl, reverse_kl
+from .teacher_kl import forward_kl, named_entropy, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
 from .token_contract import find_shared_ids, find_unknown_ids, longest_prompt
@@ -160,6 +161,9 @@ class RLADTrainer(GuidedGRPOTrainer):
             self._teachers = {name: scorer.teacher for name, scorer in scorers.items()}
             self.teacher_scorer = RoutedScorer(scorers) if is_routed else scorers[""]
         self._batches_without_success = 0
+        self.rollout_log = RolloutLog(self) if args.log_completions else None
+        if self.rollout_log is not None:
+            self.add_callback(self.rollout_log)
         self.run_record = RunRecord(args, self._teachers)
         self.add_callback(self.run_record)
         if args.should_save:
@@ -297,6 +301,8 @@ class RLADTrainer(GuidedGRPOTrainer):
     def extend_rollout(self, batch, rewards_per_func, rows):
         if not self.model.training:
             self._log_pass_at_k(rewards_per_func)
+        if self.rollout_log is not None:
+            batch = self.rollout_log.choose(batch, self.of_this_process(self.total_reward(rewards_per_func)))
         if self.teacher_scorer is None:
             return batch
         if self.trrd.alpha == 1.0 and not self._has_kl:
@@ -313,19 +319,29 @@ class RLADTrainer(GuidedGRPOTrainer):
             weights = read_weights([row.get("teacher_weight") for row in rows])
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
-        index, prompts = self._teacher_index(rows), self._teacher_prompts(rows)
-        if index is not None:
-            batch = {**batch, "teacher_index": index.to(wanted.device)}
-        prompts = prompts and [torch.tensor(ids) for ids in prompts]
-        scores = self.teacher_scorer.score(batch, self.loss_mask(batch) * wanted, self._top_k, prompts)
+        scores = self.score_rollout(batch, rows, self.loss_mask(batch) * wanted, self._top_k)
         self.log_value("teacher/scoring_time", self.teacher_scorer.seconds)
         if self.args.teacher_failure == "grpo":
             failed = torch.tensor(self.teacher_scorer.failed_rows, device=wanted.device)
             self.log_value("teacher/failed_rows", self.accelerator.reduce(failed).item())
-        if index is not None:
+        if isinstance(self.teacher_scorer, RoutedScorer):
             for name, scorer in self.teacher_scorer.scorers.items():
                 self.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
+        if "teacher_top_logps" in scores:
+            top_ids, top_logps = scores["teacher_top_ids"][..., 0], scores["teacher_top_logps"]
+            is_top1 = (top_ids == batch["completion_ids"]) & top_logps[..., 0].isfinite()
+            values = {"teacher/entropy": named_entropy(top_logps), "teacher/top1": is_top1.float()}
+            self.log_means({name: (value, scores["teacher_mask"]) for name, value in values.items()})
         return {**batch, **scores}
+
+    def score_rollout(self, batch, rows, wanted, top_k):
+        """What the teacher makes of the tokens `wanted`, `(B, T)`, of a batch, see [`TeacherScorer.score`]."""
+        index, prompts = self._teacher_index(rows), self._teacher_prompts(rows)
+        if index is not None:
+            batch = {**batch, "teacher_index": index.to(wanted.device)}
+        prompts = prompts and [torch.tensor(ids) for ids in prompts]
+        scores = self.teacher_scorer.score(batch, wanted, top_k, prompts)
+        return scores if index is None else {**scores, "teacher_index": batch["teacher_index"]}
 
     def _log_pass_at_k(self, rewards_per_func):
         groups = rewards_per_func.view(-1, self.num_generations_eval, len(self.reward_funcs))
@@ -339,14 +355,22 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     def _select_kl_rows(self, rewards_per_func):
         """Which of this process's completions have the teacher KL, bool of shape `(B,)`."""
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
+        rewards = self.total_reward(rewards_per_func)
         has_failed = ~(rewards > self.args.success_reward) & ~rewards_per_func.isnan().all(1)
         if self.args.teacher_kl_rows == "all":
             has_failed = torch.ones_like(has_failed)
         else:
             self._warn_without_success(rewards)
-        size = len(has_failed) // self.accelerator.num_processes
-        return has_failed[self.accelerator.process_index * size :][:size]
+        return self.of_this_process(has_failed)
+
+    def total_reward(self, rewards_per_func):
+        """Rewards `(B,)` of all processes, the weighted sums of the reward functions'."""
+        return (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
+
+    def of_this_process(self, values):
+        """This process's rows of values of all processes."""
+        size = len(values) // self.accelerator.num_processes
+        return values[self.accelerator.process_index * size :][:size]
 
     def _warn_without_success(self, rewards):
         highest = rewards.max().item()
@@ -445,6 +469,8 @@ class RLADTrainer(GuidedGRPOTrainer):
                 metrics[f"teacher/{name}/log_ratio"] = (diagnostics["log_ratio"], teacher_mask & mine)
                 metrics[f"teacher/{name}/tokens"] = (mine.float(), teacher_mask)
         advantages = _two_dimensional(batch["advantages"])
+        for name, is_side in (("rewarded", advantages > 0), ("punished", advantages < 0)):
+            metrics[f"teacher/log_ratio_{name}"] = (diagnostics["log_ratio"], teacher_mask & is_side)
 
         if self.args.teacher_credit:
             self.log_means(metrics)
@@ -461,24 +487,16 @@ class RLADTrainer(GuidedGRPOTrainer):
         self.log_means(metrics)
         return anchor
 
+    def see_tokens(self, *compared):
+        if self.rollout_log is not None:
+            self.rollout_log.see(*compared)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             info = getattr(self.train_dataset, "info", None)
-            rows = {
-                "Teacher": ", ".join(teacher.name for teacher in self._teachers.values()) or "none",
-                "`alpha`": self.args.alpha,
-                "`teacher_credit`": self.args.teacher_credit,
-                "`teacher_log_ratio_clip`": self.trrd.teacher_log_ratio_clip,
-                "`teacher_kl_coef`": self.args.teacher_kl_coef,
-                "`teacher_kl_estimator`": self.args.teacher_kl_estimator,
-                "`distillation_ratio`": self.args.distillation_ratio,
-                "Dataset": dataset_name or getattr(info, "dataset_name", None) or "not named",
-            }
-            table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-            path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
-            card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
-            path.write_text(card, encoding="utf-8")
+            dataset_name = dataset_name or getattr(info, "dataset_name", None)
+            write_model_card(self, self.run_record.record["teachers"], dataset_name)
 
 
 def _by_name(teacher_model) -> dict:

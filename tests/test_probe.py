@@ -1,0 +1,223 @@
+"""What the probe makes of given rollouts, worked out by hand, and of real ones."""
+
+import json
+import subprocess
+import sys
+from math import isnan, log
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_rlad.cli import main
+from trl_rlad.probe import Estimate, recommend, report
+
+
+EOS = 1
+
+
+def rollout(group, reward, advantage, logps, teacher_logps, ids=None, **columns):
+    ids = ids or [5] * (len(logps) - 1) + [EOS]
+    return {
+        "group": group,
+        "reward": reward,
+        "advantage": advantage,
+        "logps": logps,
+        "teacher_logps": teacher_logps,
+        "ids": ids,
+    } | columns
+
+
+ROLLOUTS = [
+    # gaps 0.3 and -2, mean -0.85
+    rollout(0, 1.0, 1.0, [-1.0, -3.0], [-1.3, -1.0], top1=[1.0, 0.0], entropy=[0.2, 0.4]),
+    # gaps 2.5, at a token that the student gives 0.95 and the teacher 0.078, and, cut before its end, none known
+    rollout(
+        0, 0.0, -1.0, [log(0.95), -2.0], [log(0.95) - 2.5, None], ids=[5, 6], top1=[0.0, None], entropy=[0.9, None]
+    ),
+    # of a group without success or signal: gap 0
+    rollout(1, 0.0, 0.0, [-1.0], [-1.0], top1=[1.0], entropy=[0.1]),
+    rollout(1, 0.0, 0.0, [-1.0], [-1.0], top1=[1.0], entropy=[0.1]),
+]
+
+
+def test_figures_by_hand():
+    figures = report(ROLLOUTS, eos_token_ids=[EOS])
+    expected = {
+        "mean@1": 1 / 4,
+        "pass@k": 1 / 2,
+        "signal": 1 / 2,
+        "all_failed": 1 / 2,
+        "gap": (0.3 - 2.0 + 2.5 + 0.0 + 0.0) / 5,
+        "gap_first": (0.3 + 2.5 + 0.0 + 0.0) / 4,
+        "gap_eos": (-2.0 + 0.0 + 0.0) / 3,
+        "gap_rewarded": (0.3 - 2.0) / 2,
+        "gap_punished": 2.5,
+        "prefers_rewarded": 1 / 2,
+        "prefers_punished": 0.0,
+        "beyond_clip": 2 / 5,
+        "discrimination": 1.0,  # -0.85 < 2.5
+        "teacher_auc": 1.0,  # means -1.15 and -2.55
+        "student_auc": 0.0,  # means -2 and -1.03: the student is surer of what fails
+        "contradicted_failed": 1 / 3,
+        "contradicted_succeeded": 0.0,
+        "top1": 3 / 5,
+        "entropy": (0.2 + 0.4 + 0.9 + 0.1 + 0.1) / 5,
+        "student_entropy": (1.0 + 3.0 - log(0.95) + 2.0 + 1.0 + 1.0) / 6,
+        # e^(0.7 * 0.3) = 1.23 < 1.28, and at alpha = 0 it would be 1.35
+        "clip_high@0.3": 0.0,
+        # the punished gap is positive, and the lower bound is for negative ones
+        "clip_low@0.5": 0.0,
+    }
+    assert {name: figures[name].value for name in expected} == pytest.approx(expected)
+    assert (figures["prompts"], figures["completions"], figures["tokens"], figures["tokens_without_say"]) == (
+        2,
+        4,
+        6,
+        1,
+    )
+    assert figures["gap_quantiles"][50] == 0.0
+    # Of two prompts, a quarter of the draws has the first twice and a quarter the second
+    assert figures["mean@1"][1:] == (0.0, 0.5)
+
+
+def test_clip_shares_by_hand():
+    rewarded = rollout(0, 1.0, 1.0, [-1.0] * 3, [-1.3, -1.6, -9.0])  # gaps 0.3, 0.6 and, bounded, 1
+    punished = rollout(0, 0.0, -1.0, [-2.0] * 2, [-1.6, -1.4])  # gaps -0.4 and -0.6
+    figures = report([rewarded, punished])
+    # exp(0.7 * (0.3, 0.6, 1)) = 1.23, 1.52, 2.01; exp(0.5 * ...) = 1.16, 1.35, 1.65; exp(0.3 * ...) = 1.09, 1.20, 1.35
+    assert [figures[f"clip_high@{alpha}"].value for alpha in (0.3, 0.5, 0.7)] == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    # exp(-0.7 * (0.4, 0.6)) = 0.76, 0.66; exp(-0.5 * ...) = 0.82, 0.74; exp(-0.3 * ...) = 0.89, 0.84
+    assert [figures[f"clip_low@{alpha}"].value for alpha in (0.3, 0.5, 0.7)] == pytest.approx([1.0, 1 / 2, 0.0])
+
+
+def test_a_teacher_that_is_the_student_is_no_better_than_chance():
+    rollouts = [rollout(0, float(i), i - 1.0, [-i - 0.1], [-i - 0.1 + 1e-6 * i]) for i in range(3)]
+    figures = report(rollouts)
+    for name in ("discrimination", "prefers_rewarded", "prefers_punished"):
+        assert figures[name] == (0.5, 0.5, 0.5)
+    assert figures["gap"].value == pytest.approx(0.0, abs=1e-5)
+    assert figures["teacher_auc"].value == 0.0  # it is surer of what is worse, as the student is
+
+
+def test_nothing_to_compare_is_not_a_number():
+    figures = report([rollout(0, 1.0, 0.0, [-1.0], [None])])
+    assert all(isnan(value) for name in ("gap", "discrimination", "contradicted_failed") for value in figures[name])
+
+
+FIGURES = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "in_the_loss"),
+    [
+        ({}, "unknown", "the teacher names where the student failed"),
+        ({"contradicted_succeeded": 0.3}, "unknown", "believed where it is right"),
+        ({"contradicted_failed": 0.5}, "unknown", "GRPO"),
+        ({"gap": 0.0, "beyond_clip": 0.0, "teacher_rescues": 0.0}, "nothing", "GRPO"),
+        ({"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, "offline distillation", "the teacher names"),
+        ({"teacher_accuracy": 0.67, "teacher_rescues": 0.66}, "offline distillation", "believed where it is right"),
+        ({"teacher_accuracy": 0.95, "teacher_rescues": 0.1}, "nothing", "the teacher names"),
+    ],
+)
+def test_advice(changes, before, in_the_loss):
+    figures = {
+        name: Estimate(value, value, value) if name in FIGURES else value
+        for name, value in (FIGURES | changes).items()
+    }
+    advice = recommend(figures)
+    assert before in advice["before"] and in_the_loss in advice["in the loss"] and advice["limits"]
+    assert ("teacher_weight" in advice["settings"]) == ("believed" in advice["in the loss"])
+
+
+SCRIPT = """
+import sys
+import tiny
+from trl_rlad import RLADTrainer
+
+student, teacher, output_dir = sys.argv[1:]
+args = tiny.make_config(output_dir, per_device_eval_batch_size=6, temperature=0.8)
+trainer = RLADTrainer(student, tiny.reward, args, tiny.make_dataset(), teacher_model=teacher)
+trainer.generation_config.update(temperature=0.01)
+print("before", trainer.evaluate()["eval_reward"])
+trainer.generation_config.update(temperature=0.8)
+trainer.train()
+raise AssertionError("it has trained")
+"""
+
+
+@pytest.fixture
+def probe(tmp_path, capsys):
+    """Run the command on a script. Returns what it has printed and its report."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+
+    def run(*arguments, options=()):
+        output = tmp_path / "reports" / "probe.json"
+        try:
+            main(
+                [
+                    "probe",
+                    "--prompts",
+                    "6",
+                    "--output",
+                    str(output),
+                    *options,
+                    str(script),
+                    *arguments,
+                    str(tmp_path / "out"),
+                ]
+            )
+        finally:
+            printed = capsys.readouterr().out
+            report = json.loads(output.read_text())
+        return printed, report
+
+    return run
+
+
+def test_command(probe, student_path, teacher_path, tmp_path):
+    printed, figures = probe(student_path, teacher_path, options=["--sample_teacher"])
+    assert (figures["prompts"], figures["completions"], figures["temperature"]) == (6, 24, 0.8)
+    assert (
+        "before 0.0" in printed and "discrimination" in printed and figures["advice"]["limits"].split()[0] in printed
+    )
+    rollouts = pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()
+    assert (tmp_path / "reports" / "probe.png").stat().st_size > 5_000
+    assert [r["group"] for r in rollouts] == sorted(4 * list(range(6))) and len({r["prompt"] for r in rollouts}) == 6
+    # Every token is read, whatever its advantage, by the models themselves
+    student, teacher = map(AutoModelForCausalLM.from_pretrained, (student_path, teacher_path))
+    tokenizer = AutoTokenizer.from_pretrained(student_path)
+    for rollout in rollouts[:8]:
+        prompt = tokenizer(rollout["prompt"])["input_ids"]
+        ids = torch.tensor([prompt + rollout["ids"]])
+        for name, model in (("logps", student), ("teacher_logps", teacher)):
+            logps = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+            assert rollout[name] == pytest.approx(logps[range(len(logps)), rollout["ids"]].tolist(), abs=1e-4)
+        assert rollout["top1"] == (logps.argmax(-1) == torch.tensor(rollout["ids"])).tolist()
+        assert rollout["reward"] == pytest.approx(tiny.reward([rollout["ids"]])[0])
+    assert 0.0 <= figures["teacher_accuracy"] <= 1.0 and figures["seconds"]["scoring"] > 0.0
+
+
+def test_the_student_as_its_own_teacher(probe, student_path):
+    _, figures = probe(student_path, student_path)
+    for name in ("discrimination", "prefers_rewarded", "prefers_punished"):
+        assert figures[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert abs(figures["gap"]["value"]) < 1e-5 and figures["advice"]["in the loss"] == "GRPO"
+
+
+def test_another_tokenizer_is_refused(probe, student_path, tmp_path):
+    other = tiny.save_model(tmp_path / "other", 1, tokenizer=tiny.make_tokenizer(tiny.WORDS[::-1]))
+    with pytest.raises(SystemExit, match="Refused.*reads the student's token ids differently"):
+        probe(student_path, other)
+    assert "differently" in json.loads((tmp_path / "reports" / "probe.json").read_text())["refused"]
+
+
+def test_the_command_line_is_quick():
+    loaded = "import sys; from trl_rlad.cli import main; main(['--help']); sys.exit(bool({'torch', 'trl'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
+    assert result.returncode == 0 and "probe" in result.stdout
+    with pytest.raises(SystemExit, match="no command 'prob'"):
+        main(["prob"])

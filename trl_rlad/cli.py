@@ -1,0 +1,23 @@
+"""The command `trl-rlad`, and what it finds its sub-commands by."""
+
+import sys
+from importlib import import_module
+
+
+COMMANDS = {
+    "probe": "see whether a teacher is worth it for a student and a task, before training",
+    "view": "look at the rollouts and the curves of runs, in one HTML file",
+    "env": "print the versions to paste into an issue",
+}
+
+
+def main(arguments: list[str] | None = None):
+    """Run a sub-command, which is imported only now: each is a module of `trl_rlad.commands` with a `main(arguments)`."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in COMMANDS:
+        return import_module(f"trl_rlad.commands.{name}").main(rest)
+    print("usage: trl-rlad COMMAND ...\n")
+    print("\n".join(f"  {command:<6} {purpose}" for command, purpose in COMMANDS.items()))
+    print("\n`trl-rlad COMMAND --help` tells more.")
+    if name not in ("--help", "-h"):
+        sys.exit(f"There is no command {name!r}.")

@@ -1,0 +1,234 @@
+"""What rollouts that a teacher has read tell of it, before any training: pure functions of records."""
+
+from collections.abc import Iterable
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from .evaluation import pass_at_k
+
+
+ALPHAS = (0.3, 0.5, 0.7)
+QUANTILES = (5, 25, 50, 75, 95)
+SURE, UNLIKELY = 0.9, 0.1  # probabilities: the student's of its token, and the teacher's where the two contradict
+TIE = 1e-4  # nats: less is rounding
+SAME = 0.01  # nats a token
+
+
+class Estimate(NamedTuple):
+    """A share, probability or mean with its 95% interval by the bootstrap over prompts; NaN where there is nothing to count."""
+
+    value: float
+    low: float
+    high: float
+
+
+def report(
+    rollouts: list[dict],
+    success_reward: float = 0.0,
+    clip: float | None = 1.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.28,
+    eos_token_ids: Iterable[int] = (),
+    resamples: int = 1000,
+) -> dict:
+    r"""
+    Describe a student, a task and a teacher by rollouts.
+
+    Args:
+        rollouts (`list[dict]`):
+            A record for each completion, see [`~trl_rlad.rollouts.describe_rollouts`]: `group` (number of its prompt),
+            `reward`, `advantage`, `ids`, `logps` and `teacher_logps` (in nats at each token, `None` where the teacher has no
+            say), and if known `top1` (whether the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
+        success_reward (`float`, *optional*, defaults to `0.0`):
+            A completion has succeeded if its reward is higher.
+        clip (`float`, *optional*, defaults to `1.0`):
+            `teacher_log_ratio_clip`, in nats.
+        epsilon_low (`float`, *optional*, defaults to `0.2`), epsilon_high (`float`, *optional*, defaults to `0.28`):
+            Clipping bounds of the ratio.
+        eos_token_ids (`Iterable[int]`, *optional*):
+            Ids that end a completion.
+        resamples (`int`, *optional*, defaults to `1000`):
+            Number of draws of the bootstrap, of whole prompts with all their completions.
+
+    Returns:
+        `dict`: an [`Estimate`] for each figure, and the plain numbers `prompts`, `completions`, `tokens`,
+        `tokens_without_say` and `gap_quantiles`, in nats. With \\( x = \log(\pi_S / \pi_T) \\) at a sampled token:
+
+        - `mean@1`, `pass@k`; `signal` and `all_failed`, shares of the groups whose rewards differ and that have no success;
+        - `gap`, the mean of \\( x \\); `gap_first`, `gap_eos`, `gap_rewarded`, `gap_punished`, at the first token, where a
+          completion ends, and by the sign of the advantage; `beyond_clip`, the share with \\( |x| \\) above `clip`;
+        - `discrimination`, how often of two completions of a group the better one has the lower mean of \\( x \\), so that the
+          teacher likes it more than the student does; `teacher_auc` and `student_auc`, how often it is likelier, per token,
+          to each alone; chance is .5;
+        - `prefers_rewarded`, `prefers_punished`: how often the teacher likes a token more than the student, by the sign of the
+          advantage; a tie counts as half;
+        - `contradicted_failed`, `contradicted_succeeded`: share of the completions that did with a token that the student gives
+          more than .9 and the teacher less than .1;
+        - `top1`, `entropy`, and `student_entropy` (estimated by the mean of \\( -\log\pi_S \\));
+        - `clip_high@alpha`, `clip_low@alpha`: shares of the rewarded and of the punished tokens that RLAD's ratio would clip on
+          the first update.
+    """
+    groups: dict[int, list[dict]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout["group"], []).append(rollout)
+    sums = [
+        _sum_group(group, success_reward, clip, epsilon_low, epsilon_high, set(eos_token_ids))
+        for group in groups.values()
+    ]
+    names = list(sums[0])
+    totals = np.array([[group[name] for name in names] for group in sums])  # (groups, figures, 2)
+    draws = np.random.default_rng(0).integers(len(totals), size=(resamples, len(totals)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.divide(*totals.sum(0).T)
+        drawn = np.divide(*np.moveaxis(totals[draws].sum(1), -1, 0))
+    low, high = ([np.nanquantile(c, q) if np.isfinite(c).any() else np.nan for c in drawn.T] for q in (0.025, 0.975))
+    figures = {name: Estimate(*map(float, row)) for name, *row in zip(names, value, low, high, strict=True)}
+    gaps = [x for rollout in rollouts for x in _gaps(rollout) if x is not None]
+    tokens = sum(len(rollout["ids"]) for rollout in rollouts)
+    return figures | {
+        "prompts": len(groups),
+        "completions": len(rollouts),
+        "tokens": tokens,
+        "tokens_without_say": tokens - len(gaps),
+        "gap_quantiles": {q: float(np.percentile(gaps, q)) for q in QUANTILES} if gaps else {},
+    }
+
+
+def _gaps(rollout):
+    """log(student / teacher) at each token, `None` where the teacher has no say."""
+    pairs = zip(rollout["logps"], rollout["teacher_logps"], strict=True)
+    return [None if teacher is None else student - teacher for student, teacher in pairs]
+
+
+def _sum_group(
+    group, success_reward, clip, epsilon_low, epsilon_high, eos_token_ids
+) -> dict[str, tuple[float, float]]:
+    """Sum and count of each figure in one group: of any set of groups, a figure is the ratio of the two."""
+    sums = {}
+
+    def add(name, values, count=None):
+        values = [value for value in values if value is not None]
+        sums[name] = float(sum(values)), float(len(values) if count is None else count)
+
+    rewards = [rollout["reward"] for rollout in group]
+    wins, k = sum(reward > success_reward for reward in rewards), len(group)
+    add("mean@1", [reward > success_reward for reward in rewards])
+    add("pass@k", [pass_at_k(k, wins, k)])
+    add("signal", [len(set(rewards)) > 1])
+    add("all_failed", [wins == 0])
+
+    gaps = [_gaps(rollout) for rollout in group]
+    known = [[x for x in row if x is not None] for row in gaps]
+    sides = [
+        [x for row, rollout in zip(known, group, strict=True) if sign * rollout["advantage"] > 0 for x in row]
+        for sign in (1, -1)
+    ]
+    add("gap", sum(known, []))
+    add("gap_first", [row[0] for row in gaps if row])
+    add(
+        "gap_eos", [r[-1] for r, rollout in zip(gaps, group, strict=True) if r and rollout["ids"][-1] in eos_token_ids]
+    )
+    for name, side in zip(("rewarded", "punished"), sides, strict=True):
+        add(f"gap_{name}", side)
+        add(f"prefers_{name}", [_is_lower(x, 0.0) for x in side])
+    bound = np.inf if clip is None else clip
+    add("beyond_clip", [abs(x) > bound for x in sum(known, [])])
+
+    means = {
+        "discrimination": [-np.mean(row) if row else None for row in known],
+        "teacher_auc": [_mean(rollout["teacher_logps"]) for rollout in group],
+        "student_auc": [_mean(rollout["logps"]) for rollout in group],
+    }
+    for name, scores in means.items():
+        pairs = [
+            (i, j) if rewards[i] > rewards[j] else (j, i)
+            for i, j in combinations(range(k), 2)
+            if rewards[i] != rewards[j]
+        ]
+        add(name, [_is_lower(scores[j], scores[i]) for i, j in pairs if None not in (scores[i], scores[j])])
+
+    for name, has_succeeded in (("failed", False), ("succeeded", True)):
+        rows = [rollout for rollout in group if (rollout["reward"] > success_reward) == has_succeeded]
+        add(f"contradicted_{name}", [any(map(_contradicts, row["logps"], row["teacher_logps"])) for row in rows])
+    for name in ("top1", "entropy"):
+        add(name, [value for rollout in group for value in rollout.get(name, [])])
+    add("student_entropy", [-logp for rollout in group for logp in rollout["logps"]])
+
+    for alpha in ALPHAS:
+        high, low = (np.exp((1 - alpha) * np.clip(side, -bound, bound)) for side in sides)
+        add(f"clip_high@{alpha}", high > 1 + epsilon_high)
+        add(f"clip_low@{alpha}", low < 1 - epsilon_low)
+    return sums
+
+
+def _is_lower(x, y):
+    """1, 0, or for a tie 1/2."""
+    return 0.5 if abs(x - y) < TIE else float(x < y)
+
+
+def _mean(logps):
+    values = [logp for logp in logps if logp is not None]
+    return np.mean(values) if values else None
+
+
+def _contradicts(logp, teacher_logp):
+    return teacher_logp is not None and logp > np.log(SURE) and teacher_logp < np.log(UNLIKELY)
+
+
+def recommend(figures: dict) -> dict[str, str]:
+    """
+    Say what to try, by a rule read off the project's own study (README, "Which method when"; `benchmarks/probe_study.py`).
+
+    1. A teacher that is the student, to rounding, has nothing to say.
+    2. If it answers one in four of the prompts on which the student fails throughout, imitate its right answers offline before.
+    3. If it contradicts what the student is sure of in three of four failures, the student is sure and wrong: have the teacher
+       name, in the loss, what it would have said. Elsewhere a teacher in the loss has gained nothing over GRPO.
+    4. If it contradicts more than 1 in 20 successes too, or is itself right less than 9 times in 10, it is to be believed only
+       where it is right, by the column `teacher_weight`.
+
+    Args:
+        figures (`dict`):
+            What [`report`] returned and, if the teacher was sampled, `teacher_accuracy` and `teacher_rescues`.
+
+    Returns:
+        `dict[str, str]`: what to do `before` and `in the loss`, the `settings` of the latter, `evidence` and `limits`.
+    """
+    accuracy, rescues = figures.get("teacher_accuracy"), figures.get("teacher_rescues")
+    advice = {"before": "nothing", "in the loss": "GRPO", "settings": "alpha=1.0"}
+    if abs(figures["gap"].value) < SAME and figures["beyond_clip"].value == 0.0:
+        evidence = ["Student and teacher are the same, to rounding."]
+    else:
+        failed, succeeded = (figures[f"contradicted_{name}"].value for name in ("failed", "succeeded"))
+        evidence = [
+            f"The teacher contradicts what the student is sure of in {failed:.0%} of the failures. In the study, naming gained "
+            "14.4 ± 1.3 points over GRPO where that was 99%, and nothing at 33 to 48%."
+        ]
+        if failed >= 3 / 4:
+            advice["in the loss"] = "the teacher names where the student failed"
+            advice["settings"] = "alpha=0.5, teacher_kl_coef=1.0, teacher_kl_estimator=forward, teacher_kl_rows=failed"
+        if succeeded > 1 / 20 or (accuracy is not None and accuracy < 9 / 10):
+            evidence.append(
+                f"It contradicts {succeeded:.0%} of the successes too"
+                + ("" if accuracy is None else f", and {accuracy:.0%} of its own answers are right")
+                + ". Such a teacher, naming everywhere, cost 6 to 26 points; with teacher_weight at most 2.4 ± 1.8."
+            )
+            if failed >= 3 / 4:
+                advice["in the loss"] += ", and is believed where it is right"
+                advice["settings"] += ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
+    if rescues is None:
+        advice["before"] = "unknown: ask with --sample_teacher"
+    elif rescues >= 1 / 4:
+        advice["before"] = (
+            "offline distillation of its right answers (examples/offline_distillation.py); then probe again"
+        )
+        evidence.append(
+            f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was best in all "
+            "six settings of the study, by 3 to 23 points over GRPO, and better alone than with half of its steps given to RLAD."
+        )
+    limits = (
+        "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe tells what the "
+        "teacher could teach, not whether the student can learn it."
+    )
+    return advice | {"evidence": " ".join(evidence), "limits": limits}
