@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import tiny
@@ -13,7 +13,7 @@ from tenacity import wait_none
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
 
-from trl_rlad import RLADTrainer, served_scorer
+from trl_rlad import RLADTrainer, cli, served_scorer
 from trl_rlad.served_scorer import ServedScorer
 from trl_rlad.teachers import ServedTeacher, ServerError, client
 
@@ -165,7 +165,7 @@ def test_the_model_must_be_served(serve, teacher_path, student_path, tmp_path):
     server = serve(name="Qwen/Qwen3-8B")
     args = make_args(tmp_path, server.url)
     for name in (None, "Qwen/Qwen3-8B", teacher_path, student_path):  # the last is a tokenizer beside it
-        assert ServedTeacher([server.url], name, args).model == "Qwen/Qwen3-8B"
+        assert ServedTeacher([server.url], name, args).model_id == "Qwen/Qwen3-8B"
     with pytest.raises(ValueError, match="serves Qwen/Qwen3-8B, and not Qwen/Qwen3-14B"):
         ServedTeacher([server.url], "Qwen/Qwen3-14B", args)
 
@@ -203,6 +203,14 @@ def test_another_tokenizer_is_refused(serve, student_path, tmp_path):
     server = serve(tiny.save_model(tmp_path / "other", seed=1, tokenizer=reverse))
     with pytest.raises(ValueError, match="reads the student's token ids differently"):
         RLADTrainer(student_path, tiny.reward, make_args(tmp_path, server.url), tiny.make_dataset())
+
+
+@pytest.mark.parametrize(("copy", "same"), [("teacher_path", True), ("student_path", False)])
+def test_a_copy_is_compared(copy, same, serve, tmp_path, request, capsys):
+    with nullcontext() if same else pytest.raises(SystemExit, match="not the same model"):
+        cli.main(["compare", serve().url, request.getfixturevalue(copy)])
+    mean = float(capsys.readouterr().out.split()[3])
+    assert mean < 1e-5 if same else mean > 0.1
 
 
 # In training
