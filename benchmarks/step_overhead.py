@@ -88,8 +88,10 @@ def reward(completion_ids, **kwargs):
     return [float(row % GROUP) for row in range(len(completion_ids))]
 
 
-def make_step(student: str, teacher: str | None, ours: bool, rows: int, rollouts, folder: str, reward=reward):
-    """A function that runs a step with micro-batches of `rows`."""
+def make_step(
+    student: str, teacher: str | None, ours: bool, rows: int, rollouts, folder: str, reward=reward, **kwargs
+):
+    """A function that runs a step with micro-batches of `rows`. What is left over are settings of ours."""
     prompts, completions = rollouts
     settings = {
         "use_cpu": not torch.cuda.is_available(),
@@ -108,7 +110,7 @@ def make_step(student: str, teacher: str | None, ours: bool, rows: int, rollouts
 
     dataset = Dataset.from_dict({"prompt": ["w1"]})
     if ours:
-        args = RLADConfig(folder, alpha=0.5 if teacher else 1.0, **settings)
+        args = RLADConfig(folder, alpha=0.5 if teacher else 1.0, **settings, **kwargs)
         trainer = RLADTrainer(student, reward, args, dataset, teacher_model=teacher, rollout_func=roll_out)
     else:
         trainer = GRPOTrainer(student, reward, GRPOConfig(folder, **settings), dataset, rollout_func=roll_out)
