@@ -49,8 +49,8 @@ summary { cursor: pointer; }
 .tokens span, .legend span { border-radius: 2px; }
 .mute { opacity: .5; }
 .teacher { border-bottom: 2px solid currentColor; } .policy { border-bottom: 2px dotted currentColor; }
-.tokens span:hover { outline: 1px solid var(--ink); }
-.tokens span:hover::after { content: attr(data-x); position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%);
+.tokens [data-x]:hover { outline: 1px solid var(--ink); }
+.tokens [data-x]:hover::after { content: attr(data-x); position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%);
   background: var(--ink); color: var(--page); opacity: 1; padding: .4rem .8rem; border-radius: 6px; white-space: pre;
   font: 13px/1.5 ui-monospace, monospace; z-index: 1; }
 @media (max-width: 45rem) { .row { grid-template-columns: 1fr; gap: .2rem; } }
@@ -135,7 +135,7 @@ def _card(change, name, key, records, is_open):
         side = "up" if record["advantage"] > 0 else "down" if record["advantage"] < 0 else ""
         facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · reward {record["reward"]:g}']
         facts += [f"{1 + len(others)} times the same"] if others else []
-        facts.append(f"mean {mean(gaps):+.2f}" if gaps else "not read by the teacher")
+        facts.append(f"mean {mean(gaps):+z.2f}" if gaps else "not read by the teacher")
         clipped = record.get("clipped") or []
         facts += [
             f"{clipped.count(number) / len(clipped):.0%} clipped by the {cause}"
