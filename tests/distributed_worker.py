@@ -108,8 +108,9 @@ def main(
     config = tiny.make_config(output_dir, **{"max_steps": 3, "teacher_tokens_per_batch": 50, **kwargs})
     dataset = tiny.make_dataset()
     if teachers:
-        names = [list(teachers)[i % len(teachers)] for i in range(len(dataset))]
-        prompts = ["w9 w8 w7" if i % 3 == 0 else None for i in range(len(dataset))]
+        names = [*teachers, *config.teacher_servers]
+        names = [names[i % len(names)] for i in range(len(dataset))]
+        prompts = ["w9 w8 w7" if i % 4 == 0 else None for i in range(len(dataset))]
         dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
     trainer = RLADTrainer(
         student,

@@ -125,6 +125,16 @@ SETTINGS = [
     ("teacher_zero_stage", 2, "0 (whole on each process) or 3 (sharded)"),
     ("teacher_zero_stage", "3", "the number 0"),
     ("teacher_offload", "disk", "'none' or 'cpu'"),
+    ("teacher_server_urls", "localhost:8000", "an address such as 'http://localhost:8000'"),
+    ("teacher_server_urls", "ftp://localhost", "an address such as"),
+    ("teacher_server_urls", '["http://localhost', "an address such as"),
+    ("teacher_server_urls", [], "an address such as"),
+    ("teacher_server_urls", {}, "an address such as"),
+    ("teacher_server_urls", {"math": None}, "an address such as"),
+    ("teacher_server_urls", 8000, "an address such as"),
+    ("teacher_server_urls", "http://me:secret@localhost", "environment variable `VLLM_API_KEY`"),
+    ("teacher_server_urls", "http://localhost?key=secret", "environment variable `VLLM_API_KEY`"),
+    ("teacher_failure", "ignore", "'raise' or 'grpo'"),
     ("teacher_timeout", 0.0, "positive number of seconds"),
     ("teacher_timeout", 1e12, "at most 1000000"),
     ("teacher_timeout", nan, "positive number of seconds"),
@@ -207,6 +217,26 @@ def _(place):
 def _(place):
     lora = LoraConfig(target_modules=["q_proj"], r=2)
     place.trainer(teacher="base", teacher_offload="cpu", trainer_kwargs={"peft_config": lora})
+
+
+@refused("trainer", "`teacher_server_urls` with `temperature=0.7`", "vLLM", "`temperature=1.0`", "`teacher_model`")
+def _(place):
+    place.trainer(teacher_server_urls="http://localhost:8000", temperature=0.7)
+
+
+@refused("trainer", "`teacher_server_urls` by name beside one `teacher_model`", "Pass both as dictionaries")
+def _(place):
+    place.trainer(teacher_server_urls={"math": "http://localhost:8000"})
+
+
+@refused("trainer", "`teacher_server_urls` and a model object", "`teacher_server_urls` or a model object, not both")
+def _(place):
+    place.trainer(teacher=tiny.make_model(1), teacher_server_urls="http://localhost:8000")
+
+
+@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "attempt")
+def _(place):
+    place.trainer(teacher_server_urls="http://localhost:1", teacher_timeout=0.4)
 
 
 @refused("trainer", "`teacher_zero_stage=3` without DeepSpeed", "needs DeepSpeed", "zero*.yaml")
@@ -477,7 +507,7 @@ def test_bad_input_is_refused(case, tmp_path, student_path, teacher_path, monkey
         raise AssertionError("it trains")
 
     monkeypatch.setattr("transformers.Trainer.train", train)
-    with pytest.raises((OSError, TypeError, ValueError)) as caught:
+    with pytest.raises((OSError, RuntimeError, TypeError, ValueError)) as caught:
         case.cause(Place(tmp_path, student_path, teacher_path, monkeypatch))
     message = str(caught.value)
     assert all(name in message for name in case.names), message

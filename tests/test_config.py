@@ -34,10 +34,31 @@ def test_nothing_else_differs_from_grpo():
         "teacher_model_revision",
         "teacher_zero_stage",
         "teacher_offload",
+        "teacher_server_urls",
+        "teacher_failure",
         "teacher_timeout",
         "trim_padding",
         "teacher_tokens_per_batch",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("http://a:8000/", {"": ["http://a:8000"]}),
+        ("http://a:8000/v1", {"": ["http://a:8000"]}),
+        ('["http://a", "https://b/teachers"]', {"": ["http://a", "https://b/teachers"]}),
+        (
+            '{"math": "http://a", "code": ["http://b", "http://c"]}',
+            {"math": ["http://a"], "code": ["http://b", "http://c"]},
+        ),
+    ],
+)
+def test_servers_on_the_command_line(given, expected, tmp_path):
+    (config,) = TrlParser(RLADConfig).parse_args_and_config(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--teacher_server_urls", given]
+    )
+    assert config.teacher_servers == expected
 
 
 def test_command_line(tmp_path):

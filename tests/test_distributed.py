@@ -13,6 +13,7 @@ import tiny
 import torch
 import yaml
 from distributed_worker import make_ragged_batch
+from teacher_server import TeacherServer
 from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
 
@@ -160,8 +161,12 @@ def test_a_teacher_that_one_rank_cannot_load_ends_all(config, tmp_path, paths):
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_each_row_has_its_own_teacher_and_prompt(config, tmp_path, paths):
     teachers = {"deep": paths["teacher"], "wide": tiny.save_model(tmp_path / "wide", seed=2, hidden_size=32)}
-    run = launch(tmp_path / "out", config, check=False, student=paths["student"], teachers=teachers)
+    served = tiny.save_model(tmp_path / "served", seed=3)
+    with TeacherServer(served) as server:
+        settings = {"student": paths["student"], "teachers": teachers, "teacher_server_urls": {"served": server.url}}
+        run = launch(tmp_path / "out", config, check=False, **settings)
     assert run.returncode == 0, run.stderr[-3000:]
+    teachers["served"] = served
     trainer = SimpleNamespace(processing_class=tiny.make_tokenizer(), temperature=1.0)
     for rank in range(2):
         trainer.seen = torch.load(tmp_path / "out" / f"batches_{rank}.pt")

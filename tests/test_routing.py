@@ -103,7 +103,7 @@ def test_two_names_of_one_teacher_change_nothing(student_path, teacher_path, tmp
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (None, "`teacher_model` is a dictionary of teachers.*column `teacher_id`"),
+        (None, "There are several teachers by name.*column `teacher_id`"),
         (["small", "other"], "column `teacher_id` has 'other', which is no teacher. .* 'small', 'wide'"),
         (["small", None], "column `teacher_id` has None"),
     ],

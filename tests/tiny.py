@@ -117,7 +117,7 @@ def make_image_dataset(counts, size=16):
     return Dataset.from_list(rows)
 
 
-def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, scale=0.3, positions=4096):
+def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, scale=0.3, positions=4096, head_dim=8):
     tokenizer = tokenizer or make_tokenizer()
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -126,7 +126,7 @@ def make_model(seed, vocab_size=32, hidden_size=16, layers=2, tokenizer=None, sc
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=positions,
         tie_word_embeddings=False,
         initializer_range=scale,

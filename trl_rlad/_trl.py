@@ -26,6 +26,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from math import gcd, isfinite
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -130,7 +131,7 @@ class _LossBatch(dict):
 
     def __init__(self, batch: dict):
         super().__init__(batch)
-        self.unread = set()
+        self.unread: set[str] = set()
 
     def __setitem__(self, key, value):
         self.unread.add(key)
@@ -153,6 +154,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
     the padding of the others.
     """
 
+    model: torch.nn.Module
     trims_padding = False
     # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
     is_guided = False
@@ -163,7 +165,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
     _loss_batch = None  # the batch of the loss being computed, until its log-probabilities are known
     # Those of this process: token ids of prompts and completions, and if there are any, masks of tools, and images
     _rollouts, _images = None, None
-    _rewards_per_func = None  # those of the generation batch being made, of all processes
+    _rows, _rewards_per_func = None, None  # those of the generation batch being made; the rewards of all processes
 
     def extend_rollout(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
         """
@@ -201,6 +203,15 @@ class GuidedGRPOTrainer(GRPOTrainer):
     ):
         """Look at what the loss compares in a micro-batch, `(B, T)` each. `anchor` is what `get_anchor` returned."""
 
+    def after_generation(
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        tool_mask: list[list[int]] | None,
+    ):
+        """Told of this process's rollouts, of text only, when they are there, with the dataset's rows they belong to."""
+
     def during_rewards(
         self,
         rows: list[dict],
@@ -220,6 +231,8 @@ class GuidedGRPOTrainer(GRPOTrainer):
         self.generation_time = time.perf_counter() - start
         self.log_value("generation_time", self.generation_time)
         *self._rollouts, _, _, _, self._images, _ = outputs
+        if self._images is None:
+            self.after_generation(self._rows, *self._rollouts)
         return outputs
 
     def _calculate_rewards(self, inputs, *args, **kwargs):
@@ -235,6 +248,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         return self.extend_rollout(batch, self._rewards_per_func, inputs)
 

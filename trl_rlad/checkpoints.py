@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig
 
 from .config import RLADConfig
-from .teachers import LocalTeacher
+from .teachers import Teacher
 
 
 logger = get_logger(__name__)
@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 # What moves a teacher and bounds its memory, and leaves its scores alone
 _WITHOUT_EFFECT = {
     "teacher_offload",
+    "teacher_server_urls",
     "teacher_timeout",
     "teacher_tokens_per_batch",
     "teacher_zero_stage",
@@ -40,10 +41,10 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def describe_teacher(teacher: LocalTeacher, temperature: float) -> dict[str, Any]:
+def describe_teacher(teacher: Teacher, temperature: float) -> dict[str, Any]:
     """What tells one teacher from another: its name, commit on the Hub, vocabulary, and the temperature at which it scores."""
     vocabulary = teacher.tokenizer.get_vocab()
-    tokens = "\0".join(sorted(vocabulary, key=vocabulary.get))
+    tokens = "\0".join(sorted(vocabulary, key=vocabulary.__getitem__))
     return {
         "name": teacher.name,
         "commit": getattr(teacher.config, "_commit_hash", None),
@@ -59,13 +60,13 @@ class RunRecord(TrainerCallback):
     Args:
         args ([`RLADConfig`]):
             Configuration of the run.
-        teachers (`dict[str, LocalTeacher]`):
+        teachers (`dict[str, Teacher]`):
             Its teachers by name.
     """
 
     file_name = "rlad.json"
 
-    def __init__(self, args: RLADConfig, teachers: dict[str, LocalTeacher]):
+    def __init__(self, args: RLADConfig, teachers: dict[str, Teacher]):
         ours = {field.name for field in fields(RLADConfig)} - {field.name for field in fields(GRPOConfig)}
         names = sorted(ours - _WITHOUT_EFFECT)
         record = {

@@ -1,9 +1,12 @@
 """The configuration of RLAD."""
 
+import json
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import gcd, isfinite
 from typing import Any
+from urllib.parse import urlsplit
 
 from trl import GRPOConfig
 
@@ -88,9 +91,17 @@ class RLADConfig(GRPOConfig):
         teacher_tokens_per_batch (`int`, *optional*):
             Number of tokens that the teacher scores at once on each process, padding counted. A bound on its memory.
             `None` takes 16,384 on a GPU and 1,024 on a CPU. It is halved when a GPU runs out of memory.
+        teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
+            Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
+            teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed then,
+            unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
+        teacher_failure (`str`, *optional*, defaults to `"raise"`):
+            What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"` trains
+            such rows without the teacher, until they are more than a tenth of all so far, and more than a thousand.
         teacher_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have come to the scoring of a rollout batch, and again to its end.
-            A process that is stuck is then named, and training ends.
+            A process that is stuck is then named, and training ends. Servers are given half of it, to be ready at the
+            start and to answer.
 
         > Parameters that control the student's passes
 
@@ -105,7 +116,7 @@ class RLADConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "teacher_server_urls"]
 
     # Parameters whose default values are overridden from GRPOConfig
     epsilon_high: float | None = field(
@@ -211,6 +222,20 @@ class RLADConfig(GRPOConfig):
             "on a GPU and 1,024 on a CPU."
         },
     )
+    teacher_server_urls: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server behind which the teacher is; as JSON, a list of several that serve the same "
+            "teacher, or a dictionary of teachers by name."
+        },
+    )
+    teacher_failure: str = field(
+        default="raise",
+        metadata={
+            "help": "When no server answers: 'raise' ends training, 'grpo' trains such rows without the teacher.",
+            "choices": ["raise", "grpo"],
+        },
+    )
     teacher_timeout: float = field(
         default=1800.0,
         metadata={"help": "Seconds within which all processes must have scored a rollout batch."},
@@ -290,6 +315,7 @@ class RLADConfig(GRPOConfig):
                 f"`teacher_timeout` must be a positive number of seconds, at most {_LONGEST_TIMEOUT:.0f}, but is "
                 f"{self.teacher_timeout}."
             )
+        self._check_servers()
         if self.teacher_tokens_per_batch is None:
             self.teacher_tokens_per_batch = 1024 if self.device.type == "cpu" else 16384
         if not isinstance(self.teacher_tokens_per_batch, int) or self.teacher_tokens_per_batch < 1:
@@ -344,6 +370,46 @@ class RLADConfig(GRPOConfig):
             raise ValueError(
                 "The teacher has two revisions: name it in `teacher_model_revision` alone, which holds for its tokenizer too."
             )
+
+    def _check_servers(self):
+        if self.teacher_failure not in ("raise", "grpo"):
+            raise ValueError(f"`teacher_failure` must be 'raise' or 'grpo', but is {self.teacher_failure!r}.")
+        if isinstance(self.teacher_server_urls, str) and self.teacher_server_urls.startswith("["):
+            with suppress(json.JSONDecodeError):  # then it is no address either
+                self.teacher_server_urls = json.loads(self.teacher_server_urls)
+        if self.teacher_server_urls is None:
+            if self.teacher_failure != "raise":
+                warnings.warn("`teacher_failure` has no effect without `teacher_server_urls`.", stacklevel=3)
+            return
+        by_name = self.teacher_server_urls
+        by_name = by_name if isinstance(by_name, dict) else {"": by_name}
+        lists = [each if isinstance(each, list) else [each] for each in by_name.values()] or [[]]
+        for url in (url for urls in lists for url in urls or [urls]):
+            parts = urlsplit(url) if isinstance(url, str) else None
+            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(
+                    "`teacher_server_urls` must be an address such as 'http://localhost:8000', a list of them, or a dictionary of "
+                    f"either by name, but has {url!r}."
+                )
+            if parts.username is not None or parts.query:
+                raise ValueError(
+                    "A key in `teacher_server_urls` would be saved with the settings of the run. Set the environment variable "
+                    "`VLLM_API_KEY` instead."
+                )
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"With `temperature={self.temperature}` a teacher behind one of `teacher_server_urls` would be wrong, as vLLM "
+                "returns the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, or load the teacher here, as "
+                "`teacher_model`."
+            )
+
+    @property
+    def teacher_servers(self) -> dict[str, list[str]]:
+        """Addresses of the servers of each teacher that is behind some, by name, which is empty for a single teacher."""
+        by_name: Any = self.teacher_server_urls or {}
+        by_name = by_name if isinstance(by_name, dict) else {"": by_name}
+        lists = {name: [each] if isinstance(each, str) else each for name, each in by_name.items()}
+        return {name: [url.rstrip("/").removesuffix("/v1") for url in urls] for name, urls in lists.items()}
 
     def teacher_kl_coef_at(self, progress: float) -> float:
         """Value of `teacher_kl_coef` when the share `progress` of training is done."""

@@ -84,7 +84,8 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
         fitting = [start for start in tokens if start == end - 1 or tokens[start] <= budget]
         starts.append(min(fitting, key=lambda start: costs[start] + tokens[start]))
         costs.append(costs[starts[-1]] + tokens[starts[-1]] + budget / 16)
-    batches, end = [], len(order)
+    batches: list[list[int]] = []
+    end = len(order)
     while end:
         batches.insert(0, order[starts[end] : end])
         end = starts[end]

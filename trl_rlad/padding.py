@@ -22,7 +22,7 @@ SEQUENCES = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 def merge(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One batch with the rows of all `batches`, which hold tensors, lists with an item for each row, scalars and `None`."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for key, value in batches[0].items():
         values = [batch[key] for batch in batches]
         if isinstance(value, list):

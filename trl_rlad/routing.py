@@ -15,11 +15,12 @@ def teacher_numbers(teacher_ids: Iterable[str | None], names: Collection[str]) -
     Raises:
         `ValueError`: if one of them is no teacher.
     """
-    numbers, teacher_ids = {name: number for number, name in enumerate(names)}, list(teacher_ids)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    teacher_ids = list(teacher_ids)
     if unknown := set(teacher_ids) - numbers.keys():
         raise ValueError(
-            f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. Those of `teacher_model` "
-            f"are {', '.join(map(repr, numbers))}."
+            f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. They are "
+            f"{', '.join(map(repr, numbers))}."
         )
     return torch.tensor([numbers[name] for name in teacher_ids], dtype=torch.long)
 
@@ -40,6 +41,11 @@ class RoutedScorer:
     def seconds(self) -> float:
         """Time the last call of `score` took."""
         return sum(scorer.seconds for scorer in self.scorers.values())
+
+    @property
+    def failed_rows(self) -> int:
+        """Number of rows of the last call of `score` to which a teacher has had no answer."""
+        return sum(scorer.failed_rows for scorer in self.scorers.values())
 
     def release(self):
         """Let the weights of all teachers go."""
@@ -66,6 +72,19 @@ class RoutedScorer:
             for name, part in merged.items()
         }
 
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]],
+        top_k: int = 0,
+        *,
+        teacher_index: torch.Tensor,
+    ):
+        """As [`TeacherScorer.begin`], each row for the teacher whose number it has in `teacher_index`."""
+        for scorer, rows in self._rows_of_each(teacher_index, prompts, completions, masks):
+            scorer.begin(*rows, top_k)
+
     @contextmanager
     def ahead(
         self,
@@ -73,12 +92,16 @@ class RoutedScorer:
         completions: Sequence[Sequence[int]],
         masks: Sequence[Sequence[int]],
         top_k: int = 0,
-        teacher_index: torch.Tensor | None = None,
+        *,
+        teacher_index: torch.Tensor,
     ) -> Iterator[None]:
         """As [`TeacherScorer.ahead`], each row by the teacher whose number it has in `teacher_index`."""
         with ExitStack() as stack:
-            for number, scorer in enumerate(self.scorers.values()):
-                mine = (teacher_index == number).nonzero().flatten().tolist()
-                rows = ([column[i] for i in mine] for column in (prompts, completions, masks))
+            for scorer, rows in self._rows_of_each(teacher_index, prompts, completions, masks):
                 stack.enter_context(scorer.ahead(*rows, top_k))
             yield
+
+    def _rows_of_each(self, teacher_index, *columns):
+        for number, scorer in enumerate(self.scorers.values()):
+            mine = (teacher_index == number).nonzero().flatten().tolist()
+            yield scorer, [[column[i] for i in mine] for column in columns]

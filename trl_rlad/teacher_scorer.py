@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from ._trl import split_images
 from .packing import cut, cut_shared, deal, group_rows
-from .teachers import LocalTeacher, TokenScores
+from .teachers import Teacher, TokenScores
 from .watchdog import barrier_group, time_limit
 
 
@@ -54,7 +54,7 @@ class TeacherScorer(TrainerCallback):
     A [`~transformers.TrainerCallback`] never sees the rollouts, so the [`RLADTrainer`] calls `score`.
 
     Args:
-        teacher ([`~trl_rlad.teachers.LocalTeacher`]):
+        teacher ([`~trl_rlad.teachers.Teacher`]):
             What scores token sequences.
         accelerator ([`~accelerate.Accelerator`]):
             Knows the other processes.
@@ -72,11 +72,15 @@ class TeacherScorer(TrainerCallback):
     Attributes:
         seconds (`float`):
             Time the last call of `score` took.
+        failed_rows (`int`):
+            Number of rows that the last call of `score` has left to GRPO, as a teacher behind a URL had no answer.
     """
+
+    failed_rows = 0
 
     def __init__(
         self,
-        teacher: LocalTeacher,
+        teacher: Teacher,
         accelerator: Accelerator,
         tokens_per_batch: int,
         unknown_ids: Collection[int] = (),
@@ -92,7 +96,8 @@ class TeacherScorer(TrainerCallback):
         self.is_shared = torch.zeros(teacher.vocab_size, dtype=torch.bool)
         self.is_shared[torch.tensor(sorted(shared_ids), dtype=torch.long)] = True
         self.calls, self.seconds, self.has_trained = 0, 0.0, False
-        self._ahead, self._waited = {}, 0.0  # what `ahead` has scored, and how long it was waited for
+        self._ahead: dict[tuple, TokenScores] = {}  # what `ahead` has scored,
+        self._waited = 0.0  # and how long it was waited for
         barrier_group()
 
     def release(self):
@@ -173,6 +178,9 @@ class TeacherScorer(TrainerCallback):
         top_ids = completion_ids.new_zeros(*logps.shape, top_k)
         top_logps = logps.new_full(top_ids.shape, -float("inf"))
         for i, score in zip(which, scores, strict=True):
+            if score is None:  # behind a URL that doesn't answer
+                mask[i] = False
+                continue
             logps[i, : len(score.logps)] = score.logps
             is_shared = self.is_shared.to(score.top_ids.device)[score.top_ids]
             top_ids[i, : len(score.top_ids)] = score.top_ids.where(is_shared, 0)
@@ -187,6 +195,16 @@ class TeacherScorer(TrainerCallback):
         self.seconds, self._waited = time.perf_counter() - start + self._waited, 0.0
         result = {"teacher_per_token_logps": logps, "teacher_mask": mask}
         return result | ({"teacher_top_ids": top_ids, "teacher_top_logps": top_logps} if top_k else {})
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]],
+        top_k: int = 0,
+    ):
+        """Told of rows when they have been generated, as in `ahead`. A teacher in these processes waits, as it would only
+        take the student's place on the device."""
 
     @contextmanager
     def ahead(
@@ -216,14 +234,7 @@ class TeacherScorer(TrainerCallback):
         if self.teacher.is_sharded:
             yield
             return
-        rows = []
-        for prompt, completion, mask in zip(prompts, completions, masks, strict=True):
-            completion = torch.tensor(completion)
-            wanted = torch.tensor(mask).bool() & self._is_known(completion)
-            if wanted.any():
-                rows.append(Row(torch.tensor(prompt), cut_end(completion, wanted), {}))
-        rows = {row.key: row for row in rows}
-        self._check(rows.values())
+        rows = self._find_rows(prompts, completions, masks)
 
         def run():
             if self.accelerator.device.type == "cuda":
@@ -238,7 +249,18 @@ class TeacherScorer(TrainerCallback):
             self._ahead = dict(zip(rows, scores.result(), strict=True))
             self._waited = time.perf_counter() - start
 
-    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> list[TokenScores]:
+    def _find_rows(self, prompts, completions, masks) -> dict[tuple, Row]:
+        """The different rows that the teacher is to score of these, by what makes them different."""
+        rows = []
+        for prompt, completion, mask in zip(prompts, completions, masks, strict=True):
+            completion = torch.tensor(completion)
+            wanted = torch.tensor(mask).bool() & self._is_known(completion)
+            if wanted.any():
+                rows.append(Row(torch.tensor(prompt), cut_end(completion, wanted), {}))
+        self._check(rows)
+        return {row.key: row for row in rows}
+
+    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> Sequence[TokenScores | None]:
         """Score this process's rows, after those of all processes have been dealt out evenly among them."""
         if self.accelerator.num_processes == 1:
             return self._score(rows, top_k)
@@ -265,7 +287,8 @@ class TeacherScorer(TrainerCallback):
         for group in groups:
             if len(group) == 1:
                 alone.setdefault(rows[group[0]].shapes, []).append(group[0])
-        image_batches, text_batches = [], []
+        image_batches: list[list[int]] = []
+        text_batches: list[list[int]] = []
         for shapes, items in alone.items():
             batches = image_batches if shapes else text_batches
             batches += select(items, cut([len(rows[i]) for i in items], self.tokens_per_batch))
@@ -276,7 +299,7 @@ class TeacherScorer(TrainerCallback):
                 text_batches += select(group, cuts)
         if self.teacher.is_sharded:
             self._keep_pace(image_batches, text_batches)
-        scores = {}
+        scores: dict[int, TokenScores] = {}
         if image_batches or text_batches:
             with self.teacher.placed():
                 for batch in image_batches + text_batches:
@@ -340,8 +363,8 @@ class TeacherScorer(TrainerCallback):
         if longest > self.teacher.max_length:
             raise ValueError(
                 f"A rollout has {longest} tokens with its prompt, but the teacher {self.teacher.name} knows only "
-                f"{self.teacher.max_length:.0f} positions. Lower `max_completion_length`, leave out longer prompts, or choose "
-                "a `teacher_model` for longer texts."
+                f"{self.teacher.max_length:.0f} positions. Lower `max_completion_length`, leave out longer prompts, choose a "
+                f"`teacher_model` for longer texts or {self.teacher.length_remedy}."
             )
         highest = torch.cat([ids for row in rows for ids in (row.prompt, row.completion)]).max().item() if rows else 0
         if highest >= self.teacher.vocab_size:

@@ -112,16 +112,17 @@ def find_image_problem(student: ProcessorMixin, teacher: ProcessorMixin) -> str 
 
     image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
-    expected, inputs = (
-        processor.apply_chat_template(
+
+    def read(processor):
+        return processor.apply_chat_template(
             [[{"role": "user", "content": content}]],
             chat_template=student.chat_template,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
-        for processor in (student, teacher)
-    )
+
+    expected, inputs = read(student), read(teacher)
     different = sorted(
         name
         for name in expected.keys() | inputs.keys()

@@ -4,9 +4,11 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -21,6 +23,7 @@ from .evaluation import pass_at_k
 from .lm_head import LMHead
 from .rollouts import RolloutLog
 from .routing import RoutedScorer, teacher_numbers
+from .served_scorer import ServedScorer
 from .teacher_kl import forward_kl, named_entropy, reverse_kl
 from .teacher_scorer import TeacherScorer
 from .teachers import create_teacher
@@ -70,12 +73,15 @@ class RLADTrainer(GuidedGRPOTrainer):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
             the base model of a student that trains an adapter. It must give the student's token ids the student's
             meaning. Of several teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
-            May be left out only for `alpha=1.0` without a `teacher_kl_coef`.
+            Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and may
+            be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
 
     Raises:
         `TypeError`: if `args` is not an [`RLADConfig`], or `teacher_model` is neither a name nor a model.
         `ValueError`: if a teacher is needed and missing, or the teacher and the student don't fit together.
     """
+
+    args: RLADConfig
 
     _tag_names = ["trl", "grpo", "rlad"]
     _name = "RLAD"
@@ -109,14 +115,22 @@ class RLADTrainer(GuidedGRPOTrainer):
                 f"`args` must be an `RLADConfig`, but is a `{type(args).__name__}`. `RLADConfig` takes all arguments "
                 "of `GRPOConfig`."
             )
-        if args.needs_teacher and (teacher_model is None or teacher_model in ("", {})):
+        servers = args.teacher_servers
+        if args.needs_teacher and not servers and (teacher_model is None or teacher_model in ("", {})):
             setting = "distillation_ratio" if args.distillation_ratio > 0.0 else "teacher_kl_coef"
             setting = "alpha" if args.alpha < 1.0 else setting
             raise ValueError(
-                f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model`, or "
-                "set `alpha=1.0` without a `teacher_kl_coef` or `distillation_ratio` to train with GRPO."
+                f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model` "
+                "or name its server in `teacher_server_urls`, or set `alpha=1.0` without a `teacher_kl_coef` or "
+                "`distillation_ratio` to train with GRPO."
             )
-        teachers = teacher_model if isinstance(teacher_model, dict) else {"": teacher_model}
+        teachers: dict[str, Any] = {**dict.fromkeys(servers), **_by_name(teacher_model)}
+        is_routed = "" not in teachers
+        if not is_routed and len(teachers) > 1:
+            raise ValueError(
+                "Of `teacher_model` and `teacher_server_urls` one has several teachers by name, and the other has none of these "
+                "names. Pass both as dictionaries."
+            )
         if any(_share_weights(model, each) for each in teachers.values()):
             raise ValueError(
                 "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
@@ -126,7 +140,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             name = sorted(wrong)[0]
             hint = " The teacher is passed as `teacher_model`." if "teacher" in name else ""
             raise TypeError(f"`RLADTrainer` has no argument `{name}`.{hint}")
-        if not args.needs_teacher and teacher_model is not None:
+        if not args.needs_teacher and (servers or teacher_model is not None):
             logger.warning(
                 "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio`, RLAD is GRPO and needs no teacher: "
                 "`teacher_model` is not loaded, and the settings of the teacher have no effect."
@@ -140,12 +154,12 @@ class RLADTrainer(GuidedGRPOTrainer):
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
         self.teacher_scorer, self._teachers = None, {}
         if args.needs_teacher:
-            self._check_teacher_ids(teacher_model)
+            self._check_teacher_ids(teachers if is_routed else None)
             scorers = {name: self._create_teacher_scorer(each, name) for name, each in teachers.items()}
             for scorer in scorers.values():
                 self.add_callback(scorer)
             self._teachers = {name: scorer.teacher for name, scorer in scorers.items()}
-            self.teacher_scorer = RoutedScorer(scorers) if isinstance(teacher_model, dict) else scorers[""]
+            self.teacher_scorer = RoutedScorer(scorers) if is_routed else scorers[""]
         self._batches_without_success = 0
         self.rollout_log = RolloutLog(self) if args.log_completions else None
         if self.rollout_log is not None:
@@ -153,29 +167,28 @@ class RLADTrainer(GuidedGRPOTrainer):
         self.run_record = RunRecord(args, self._teachers)
         self.add_callback(self.run_record)
         if args.should_save:
-            check_writable(args.output_dir)
+            check_writable(str(args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint:
-            if resume_from_checkpoint is True:  # with none at all, transformers says so
-                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
-            if resume_from_checkpoint is not True:
-                self.run_record.compare(resume_from_checkpoint)
+        if resume_from_checkpoint is True:  # with none at all, transformers says so
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
+        if resume_from_checkpoint is not True and resume_from_checkpoint:
+            self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_teacher_ids(self, teacher_model):
+    def _check_teacher_ids(self, teachers):
         """Refuses datasets of which a row has no teacher. Streams are checked as they come."""
         for dataset in (self.train_dataset, *_datasets(self.eval_dataset)):
             if not isinstance(dataset, Dataset):
                 continue
             has_names = "teacher_id" in dataset.column_names
-            if isinstance(teacher_model, dict):
+            if teachers is not None:
                 if not has_names:
                     raise ValueError(
-                        "`teacher_model` is a dictionary of teachers, so each row of the dataset needs the name of its own in "
+                        "There are several teachers by name, so each row of the dataset needs the name of its own in "
                         f"a column `teacher_id`. The columns are {', '.join(dataset.column_names)}."
                     )
-                teacher_numbers(dataset.unique("teacher_id"), teacher_model)
+                teacher_numbers(dataset.unique("teacher_id"), teachers)
             elif has_names:
                 logger.warning(
                     "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass `teacher_model` as "
@@ -184,19 +197,19 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     def _create_teacher_scorer(self, teacher_model: str | PreTrainedModel, name: str) -> TeacherScorer:
         try:
-            return self._create_one_scorer(teacher_model)
+            return self._create_one_scorer(teacher_model, self.args.teacher_servers.get(name))
         except ValueError as error:
             if not name:
                 raise
             raise ValueError(f"Teacher {name!r}: {error}") from error
 
-    def _create_one_scorer(self, teacher_model):
+    def _create_one_scorer(self, teacher_model, urls):
         if self.loss_type == "vespo" and not self.args.teacher_credit:
             logger.warning(
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
                 "sum grows with the length and mutes long completions. The paper's choice is `loss_type='grpo'`."
             )
-        teacher = create_teacher(teacher_model, self.args, self.accelerator, lambda: self.model, self.tokenizer)
+        teacher = create_teacher(teacher_model, self.args, self.accelerator, lambda: self.model, self.tokenizer, urls)
         self._check_length(teacher)
         unknown_ids = find_unknown_ids(self.tokenizer, teacher.tokenizer, self.eos_token_ids)
         highest = max(self.tokenizer.get_vocab().values())
@@ -220,7 +233,8 @@ class RLADTrainer(GuidedGRPOTrainer):
             columns = set(getattr(self.train_dataset, "column_names", None) or ())
             if columns & {"image", "images"} and "teacher_weight" not in columns:
                 raise ValueError(image_problem)
-        return TeacherScorer(
+        scorer_class = partial(ServedScorer, failure=self.args.teacher_failure) if urls else TeacherScorer
+        return scorer_class(
             teacher,
             self.accelerator,
             self.args.teacher_tokens_per_batch,
@@ -244,18 +258,33 @@ class RLADTrainer(GuidedGRPOTrainer):
             raise ValueError(
                 f"Prompts of {prompt_length} tokens and completions of up to {self.max_completion_length} are too long for the "
                 f"teacher {teacher.name}, which knows {teacher.max_length:.0f} positions. Lower `max_completion_length`, leave "
-                "out longer prompts, choose a `teacher_model` for longer texts or, if its family stretches its rotary "
-                'embedding, have it do so: `teacher_model_init_kwargs={"rope_parameters": {...}}`.'
+                f"out longer prompts, choose a `teacher_model` for longer texts or {teacher.length_remedy}."
             )
 
-    def during_rewards(self, rows, prompt_ids, completion_ids, tool_mask):
-        if self.teacher_scorer is None or not (self.trrd.alpha < 1.0 or self._has_kl):
+    def after_generation(self, *rollouts):
+        if self._asks_teacher:
+            args, kwargs = self._rows_for_teacher(*rollouts)
+            self.teacher_scorer.begin(*args, **kwargs)
+
+    def during_rewards(self, *rollouts):
+        if not self._asks_teacher:
             return nullcontext()
+        args, kwargs = self._rows_for_teacher(*rollouts)
+        return self.teacher_scorer.ahead(*args, **kwargs)
+
+    @property
+    def _asks_teacher(self) -> bool:
+        return self.teacher_scorer is not None and (self.trrd.alpha < 1.0 or self._has_kl)
+
+    def _rows_for_teacher(self, rows, prompt_ids, completion_ids, tool_mask):
+        """What the teacher may have to score of these, before it is known which completions have an advantage."""
         masks = tool_mask or [[1] * len(ids) for ids in completion_ids]
-        prompts = self._teacher_prompts(rows) or prompt_ids
+        masks = [
+            [0] * len(mask) if row.get("teacher_weight") == 0 else mask for row, mask in zip(rows, masks, strict=True)
+        ]
         index = self._teacher_index(rows)
         names = {} if index is None else {"teacher_index": index}
-        return self.teacher_scorer.ahead(prompts, completion_ids, masks, self._top_k, **names)
+        return (self._teacher_prompts(rows) or prompt_ids, completion_ids, masks, self._top_k), names
 
     def _teacher_index(self, rows):
         """Numbers of the rows' teachers, `int64`, if there are several."""
@@ -292,6 +321,9 @@ class RLADTrainer(GuidedGRPOTrainer):
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
         scores = self.score_rollout(batch, rows, self.loss_mask(batch) * wanted, self._top_k)
         self.log_value("teacher/scoring_time", self.teacher_scorer.seconds)
+        if self.args.teacher_failure == "grpo":
+            failed = torch.tensor(self.teacher_scorer.failed_rows, device=wanted.device)
+            self.log_value("teacher/failed_rows", self.accelerator.reduce(failed).item())
         if isinstance(self.teacher_scorer, RoutedScorer):
             for name, scorer in self.teacher_scorer.scorers.items():
                 self.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
@@ -477,6 +509,13 @@ class RLADTrainer(GuidedGRPOTrainer):
             path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
             card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
             path.write_text(card, encoding="utf-8")
+
+
+def _by_name(teacher_model) -> dict:
+    """Teachers by name, of which a single one has none."""
+    if isinstance(teacher_model, dict):
+        return teacher_model
+    return {} if teacher_model is None else {"": teacher_model}
 
 
 def _datasets(dataset) -> Iterable:

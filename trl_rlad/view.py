@@ -5,6 +5,7 @@ from html import escape
 from io import StringIO
 from itertools import groupby
 from statistics import mean
+from typing import Any
 
 from .rollouts import CLIPPED
 
@@ -83,7 +84,7 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 20_
     while shown < len(groups) and (tokens := tokens + sum(len(r["tokens"]) for r in groups[shown][3])) <= max_tokens:
         shown += 1
     shown = max(shown, min(len(groups), 1))
-    cards = "".join(_card(*group, is_open=number < 3) for number, group in enumerate(groups[:shown]))
+    cards = "".join(_card(number < 3, *group) for number, group in enumerate(groups[:shown]))
     legend = "".join(f'<span class="s{d}"> &gt; {x} </span>' for d, x in reversed(list(enumerate(STEPS))))
     legend += " 0 " + "".join(f'<span class="t{d}"> &lt; -{x} </span>' for d, x in enumerate(STEPS))
     parts = ["<h1>What the teacher did</h1>"]
@@ -125,7 +126,7 @@ def _groups(runs):
             yield mean(changes) if changes else 0.0, name, key, group
 
 
-def _card(change, name, key, records, is_open):
+def _card(is_open, change, name, key, records):
     rows = []
     # The same completion several times is shown once
     records = sorted(records, key=lambda record: (-record["advantage"], record["tokens"]))
@@ -218,7 +219,7 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif", "font.size": 9}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif", "font.size": 9}
     settings |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,

@@ -18,6 +18,7 @@ from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -88,10 +89,12 @@ class Probe:
                 "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio` the trainer has "
                 "none. Set `alpha=0.5`."
             )
-        self.trainer = trainer
-        self.rollouts, self.num_groups = [], 0
-        self.groups, self.rewards, self.scores = None, None, None  # of the batch at hand
-        self.seconds, self.memory = {"generation": 0.0, "scoring": 0.0}, {}
+        self.trainer: Any = trainer  # TRL types its own attributes in part
+        self.rollouts: list[dict] = []
+        self.num_groups = 0
+        self.groups = self.rewards = self.scores = None  # of the batch at hand
+        self.seconds: dict[str, float] = {"generation": 0.0, "scoring": 0.0}
+        self.memory: dict[str, float] = {}
 
     def run(self, num_prompts: int):
         """Fill `rollouts`, `seconds` and `memory`."""
@@ -188,8 +191,9 @@ class Probe:
             torch.cuda.reset_peak_memory_stats()
 
 
-def describe(trainer: RLADTrainer, probe: Probe) -> dict:
+def describe(probe: Probe) -> dict:
     """What is probed, as far as its figures depend on it, and what scoring costs."""
+    trainer = probe.trainer
     scorer = trainer.teacher_scorer
     scorers = list(scorer.scorers.values()) if isinstance(scorer, RoutedScorer) else [scorer]
     unknown = {id for each in scorers for id in each.unknown_ids.tolist()}
@@ -213,7 +217,7 @@ def write_picture(rollouts: list[dict], figures: dict, path: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    gaps = {True: [], False: []}
+    gaps: dict[bool, list[float]] = {True: [], False: []}
     for rollout in rollouts:
         pairs = zip(rollout["logps"], rollout["teacher_logps"], strict=True)
         known = [student - teacher for student, teacher in pairs if teacher is not None]
@@ -333,7 +337,7 @@ def main(arguments: list[str] | None = None):
         return
     bounds = (trainer.args.teacher_log_ratio_clip, trainer.epsilon_low, trainer.epsilon_high)
     figures = report(probe.rollouts, trainer.args.success_reward, *bounds, trainer.eos_token_ids)
-    figures |= describe(trainer, probe) | answers
+    figures |= describe(probe) | answers
     figures["advice"] = recommend(figures)
     print_report(figures)
     write_picture(probe.rollouts, figures, args.output.with_suffix(".png"))

@@ -14,20 +14,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
 from .base import BaseTeacher
-from .local import LocalTeacher, TokenScores
+from .client import ServerError
+from .local import LocalTeacher
+from .server import ServedTeacher
 from .sharded import FSDPTeacher, ZeRO3Teacher
+from .teacher import Teacher, TokenScores
 
 
-__all__ = ["BaseTeacher", "FSDPTeacher", "LocalTeacher", "TokenScores", "ZeRO3Teacher", "create_teacher"]
+__all__ = [
+    "BaseTeacher",
+    "FSDPTeacher",
+    "LocalTeacher",
+    "ServedTeacher",
+    "ServerError",
+    "Teacher",
+    "TokenScores",
+    "ZeRO3Teacher",
+    "create_teacher",
+]
 
 
 def create_teacher(
-    teacher_model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | None,
     args: RLADConfig,
     accelerator: Accelerator,
     get_student: Callable,
     tokenizer: PreTrainedTokenizerBase,
-) -> LocalTeacher:
+    urls: list[str] | None = None,
+) -> Teacher:
     """
     The teacher that fits the model and the way in which training is distributed.
 
@@ -42,11 +56,19 @@ def create_teacher(
             Returns the model that is trained, as it is at that time.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's tokenizer.
+        urls (`list[str]`, *optional*):
+            Addresses of the servers that the teacher is behind. `teacher_model` is then what it is called there.
 
     Raises:
         `TypeError`: if `teacher_model` is neither a name nor a model.
         `ValueError`: if the settings don't fit together.
     """
+    if isinstance(teacher_model, PathLike):
+        teacher_model = fspath(teacher_model)
+    if urls:
+        if isinstance(teacher_model, PreTrainedModel):
+            raise TypeError("A teacher is behind one of `teacher_server_urls` or a model object, not both.")
+        return ServedTeacher(urls, teacher_model, args)
     if teacher_model == "base":
         if not is_peft_model(get_student()):
             raise ValueError(
@@ -58,8 +80,6 @@ def create_teacher(
             if getattr(args, name) not in (None, "none"):
                 raise ValueError(f'`{name}` has no meaning for `teacher_model="base"`, which is where the student is.')
         return BaseTeacher(get_student, tokenizer, accelerator, args.temperature)
-    if isinstance(teacher_model, PathLike):
-        teacher_model = fspath(teacher_model)
     if not isinstance(teacher_model, (str, PreTrainedModel)):
         raise TypeError(
             f"`teacher_model` must be a name, a path or a `PreTrainedModel`, but is a `{type(teacher_model).__name__}`."

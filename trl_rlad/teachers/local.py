@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -31,30 +31,13 @@ from ..config import RLADConfig
 from ..lm_head import LMHead
 from ..packing import sharing_pays
 from ..token_contract import find_image_problem
+from .teacher import TokenScores
 
 
 logger = get_logger(__name__)
 
 # Of `teacher_model_init_kwargs`, what says where the files are: it holds for the tokenizer and the adapter too
 HUB_KWARGS = ("cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-
-
-class TokenScores(NamedTuple):
-    """
-    What a teacher makes of the tokens of one completion.
-
-    Attributes:
-        logps (`torch.Tensor` of shape `(T,)`, `float32`):
-            Log-probability of each token, in nats.
-        top_ids (`torch.Tensor` of shape `(T, k)`, `int64`):
-            The k likeliest tokens in the place of each.
-        top_logps (`torch.Tensor` of shape `(T, k)`, `float32`):
-            Their log-probabilities, in nats.
-    """
-
-    logps: torch.Tensor
-    top_ids: torch.Tensor
-    top_logps: torch.Tensor
 
 
 def split_scores(lengths: list[int], *scores: torch.Tensor) -> list[TokenScores]:
@@ -87,9 +70,9 @@ class FusedHead:
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         self.config, self.get_output_embeddings = model.config, model.get_output_embeddings
-        add_fused_lm_head(self, temperature=temperature)
+        add_fused_lm_head(self, temperature=temperature)  # type: ignore[arg-type]  # as much of a model as TRL looks at
 
-    def forward(self):
+    def forward(self, *args, **kwargs):
         raise NotImplementedError  # replaced by the fused one
 
     def base_model(self, hidden_states, **kwargs):
@@ -102,7 +85,7 @@ class FusedHead:
 
 class LocalTeacher:
     """
-    A frozen transformers model that scores given tokens at the temperature at which the student samples.
+    A [`Teacher`] in these processes: a transformers model that scores at the temperature at which the student samples.
 
     Here every process has the whole model on its device; with `teacher_offload="cpu"` only while it scores.
 
@@ -115,24 +98,16 @@ class LocalTeacher:
         accelerator ([`~accelerate.Accelerator`]):
             Knows the device and the other processes.
 
-    Attributes:
-        name (`str`):
-            Name of the model; of a local path, the last part.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The teacher's own tokenizer.
-        vocab_size (`int`):
-            Number of rows of its embedding.
-        max_length (`int`):
-            Number of tokens that it can read at once.
-
     Raises:
         `ValueError`: if it can't be loaded, is no causal language model, or comes without a tokenizer.
     """
 
-    # Whether a forward pass needs all processes at once, because each holds a part of the model
     is_sharded = False
-    # Whether completions of one prompt can run on one copy of its key-value cache
     shares_prompts = True
+    length_remedy = (
+        "if its family stretches its rotary embedding, have it do so: "
+        '`teacher_model_init_kwargs={"rope_parameters": {...}}`'
+    )
 
     def __init__(self, model: str | PreTrainedModel, args: RLADConfig, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
@@ -140,7 +115,7 @@ class LocalTeacher:
             "dtype": "auto",
             "device_map": None,
             "revision": args.teacher_model_revision,
-            **(args.teacher_model_init_kwargs or {}),
+            **(args.teacher_model_init_kwargs or {}),  # type: ignore[dict-item]  # `args` has read the text of it
         }
         self.hub_kwargs = {name: self.init_kwargs[name] for name in HUB_KWARGS if name in self.init_kwargs}
         self.source = model  # what to load again after `release`
@@ -159,7 +134,7 @@ class LocalTeacher:
         if damaged := find_non_finite(model):
             raise ValueError(f"The weights of `teacher_model` {self.name!r} aren't finite: {', '.join(damaged[:5])}.")
         self.paths = [(path, self.init_kwargs["revision"]), (get_config_model_id(model.config), None)]
-        self.tokenizer = self.load_processing_class(AutoTokenizer)
+        self.tokenizer: PreTrainedTokenizerBase = load_processing_class(AutoTokenizer, self.paths, self.hub_kwargs)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.max_length = longest_input(model.config)
         self.reads_images = "pixel_values" in inspect.signature(model.forward).parameters
@@ -210,30 +185,12 @@ class LocalTeacher:
                 f"{self.args.teacher_model_init_kwargs}`.{what} {error}"
             ) from error
 
-    def load_processing_class(
-        self, auto_class: type[AutoTokenizer | AutoProcessor]
-    ) -> PreTrainedTokenizerBase | ProcessorMixin:
-        """The teacher's tokenizer or processor, or if it is an adapter without one, that of its base."""
-        for name, revision in self.paths:
-            try:
-                loaded = auto_class.from_pretrained(name, revision=revision, **self.hub_kwargs)
-                tokenizer = getattr(loaded, "tokenizer", loaded)
-                if len(tokenizer) > len(tokenizer.all_special_ids):
-                    return loaded
-                cause = ValueError("It has no tokens.")  # what transformers makes where there are no files
-            except Exception as error:  # the tokenizers' own too
-                cause = error
-        raise ValueError(
-            f"No tokenizer found for `teacher_model` at {self.paths[0][0]!r}, so it can't be checked that it gives the "
-            f"student's token ids the student's meaning. Save the teacher's tokenizer beside its weights. {cause}"
-        ) from cause
-
     def find_image_problem(self, student: ProcessorMixin) -> str | None:
         """Why the teacher can't read the images that the student's processor prepares, or `None` if it can."""
         if not self.reads_images:
             return "it is a text-only model"
         try:
-            return find_image_problem(student, self.load_processing_class(AutoProcessor))
+            return find_image_problem(student, load_processing_class(AutoProcessor, self.paths, self.hub_kwargs))
         except Exception as error:  # each processor has its own, and for text alone none is needed
             return f"its processor fails ({error})"
 
@@ -397,10 +354,31 @@ class WrappedTeacher(LocalTeacher):
         return split_scores(lengths, *scores)
 
 
+def load_processing_class(
+    auto_class: type[AutoTokenizer | AutoProcessor], places: list[tuple[str, str | None]], hub_kwargs: dict[str, Any]
+) -> Any:
+    """The teacher's tokenizer or processor, from the first of these names or paths, with their revisions, that has one."""
+    for name, revision in places:
+        try:
+            loaded = auto_class.from_pretrained(name, revision=revision, **hub_kwargs)
+            tokenizer = getattr(loaded, "tokenizer", loaded)
+            if len(tokenizer) > len(tokenizer.all_special_ids):
+                return loaded
+            cause = ValueError("It has no tokens.")  # what transformers makes where there are no files
+        except Exception as error:  # the tokenizers' own too
+            cause = error
+    raise ValueError(
+        f"No tokenizer found for `teacher_model` at {places[0][0]!r}, so it can't be checked that it gives the "
+        f"student's token ids the student's meaning. Save the teacher's tokenizer beside its weights. {cause}"
+    ) from cause
+
+
 def load_whole(path: str, config: PretrainedConfig, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     """A model with all its weights: transformers would initialize those that are missing."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    model, info = create_model_from_path(path, architecture, output_loading_info=True, **init_kwargs)
+    # Typed as one model, they are two with `output_loading_info`
+    loaded: Any = create_model_from_path(path, architecture, output_loading_info=True, **init_kwargs)
+    model, info = loaded
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(f"{len(missing)} of its weights are missing, such as {', '.join(missing[:5])}.")
     return model

@@ -1,0 +1,165 @@
+"""
+A teacher's server for the tests, over real sockets on 127.0.0.1: as much of vLLM's as is asked for, with faults by script.
+
+    with TeacherServer(path) as server:
+        server.faults = [status(503), nan]  # what becomes of the next answers, in turn; `server.fault`: of all of them
+
+vLLM's own is in `test_vllm.py`.
+"""
+
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def status(code, text="out of order"):
+    def fault(handler, answer):
+        handler.reply(code, text.encode())
+
+    return fault
+
+
+def right(handler, answer):
+    handler.reply(200, json.dumps(answer).encode())
+
+
+def changed(change):
+    """The answer with something done to its list of log-probabilities."""
+
+    def fault(handler, answer):
+        if "choices" in answer:
+            change(answer["choices"][0]["prompt_logprobs"])
+        right(handler, answer)
+
+    return fault
+
+
+def set_last(value):
+    return changed(lambda entries: entries.__setitem__(-1, {key: {"logprob": value} for key in entries[-1]}))
+
+
+def truncated(handler, answer):
+    handler.reply(200, json.dumps(answer).encode()[:-20])
+
+
+def reset(handler, answer):
+    """Breaks off in the middle of the body."""
+    body = json.dumps(answer).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2])
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def stuck(handler, answer):
+    """Answers when the server ends, if anybody still wants to know."""
+    handler.server.owner.ending.wait(30)
+
+
+def echo_key(code):
+    def fault(handler, answer):
+        handler.reply(code, f"not with {handler.headers['Authorization']}".encode())
+
+    return fault
+
+
+FAULTS = {
+    "500": status(500),
+    "429": status(429),
+    "loading": status(503),
+    "stuck": stuck,
+    "reset": reset,
+    "truncated": truncated,
+    "nan": set_last(float("nan")),
+    "-inf": set_last(float("-inf")),
+    "none": set_last(None),
+    "positive": set_last(0.5),
+    "text": set_last("-1.5"),
+    "missing token": changed(lambda entries: entries.__setitem__(-1, {"999": {"logprob": -1.0}})),
+    "missing entry": changed(lambda entries: entries.__setitem__(-1, None)),
+    "too few": changed(lambda entries: entries.pop()),
+    "too many": changed(lambda entries: entries.append(entries[-1])),
+    "no scores": lambda handler, answer: handler.reply(200, json.dumps({"choices": [{"text": ""}]}).encode()),
+    "not ours": lambda handler, answer: handler.reply(200, b'"hello"'),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, code, body):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.answer({"data": self.server.owner.cards})
+
+    def do_POST(self):
+        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.owner.requests.append(self.body)
+        self.answer({"choices": [{"prompt_logprobs": self.server.owner.score(self.body)}]})
+
+    def answer(self, answer):
+        owner = self.server.owner
+        owner.keys.add(self.headers["Authorization"])
+        fault = owner.faults.pop(0) if owner.faults else owner.fault
+        try:
+            fault(self, answer)
+        except OSError:
+            pass  # nobody is there any more
+
+
+class TeacherServer:
+    def __init__(self, path, name="teacher", max_model_len=4096):
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.cards = [{"id": name, "root": str(path), "parent": None, "max_model_len": max_model_len}]
+        self.faults, self.fault, self.requests, self.keys = [], right, [], set()
+        self.ending, self.lock = threading.Event(), threading.Lock()
+        self.server = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *args):
+        self.stop()
+
+    def start(self, port=0):
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.owner, self.server.daemon_threads = self, True
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self):
+        self.ending.set()
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+
+    @torch.no_grad()
+    def score(self, body):
+        """vLLM's `prompt_logprobs`, at temperature 1 whatever is asked for."""
+        ids = torch.tensor(body["prompt"])
+        with self.lock:
+            logps = self.model(ids[None]).logits[0].float().log_softmax(-1)
+        entries = [None]
+        for row, id in zip(logps[:-1], ids[1:], strict=True):
+            named = {*row.topk(min(body["prompt_logprobs"], len(row))).indices.tolist(), id.item()}
+            entries.append({str(i): {"logprob": row[i].item()} for i in named})
+        return entries

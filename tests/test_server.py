@@ -1,0 +1,343 @@
+"""A teacher behind a URL, against a server of ours that fails by script; `test_vllm.py` has a real one."""
+
+import logging
+import threading
+from contextlib import ExitStack
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from teacher_server import FAULTS, TeacherServer, echo_key, right, set_last, status
+from tenacity import wait_none
+from test_routing import MODES, assert_scores, make_dataset, train
+from test_teacher_scorer import make_batch, naive_scores
+
+from trl_rlad import RLADTrainer, served_scorer
+from trl_rlad.served_scorer import ServedScorer
+from trl_rlad.teachers import ServedTeacher, ServerError, client
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(client, "WAIT", wait_none())
+    monkeypatch.setenv("VLLM_API_KEY", "open-sesame")
+
+
+@pytest.fixture
+def serve(teacher_path):
+    """Start servers, of `teacher_path` unless told otherwise."""
+    with ExitStack() as stack:
+        yield lambda path=teacher_path, **kwargs: stack.enter_context(TeacherServer(path, **kwargs))
+
+
+def make_args(folder, urls, patience=20.0, **kwargs):
+    return tiny.make_config(folder, teacher_server_urls=urls, teacher_timeout=2 * patience, **kwargs)
+
+
+def make_scorer(folder, *servers, failure="raise", **kwargs):
+    urls = [server.url for server in servers]
+    teacher = ServedTeacher(urls, None, make_args(folder, urls, **kwargs))
+    for server in servers:
+        server.requests.clear()
+    return ServedScorer(teacher, Accelerator(cpu=True), 1, shared_ids=range(40), failure=failure)
+
+
+def assert_right(scorer, teacher_path, seed=0):
+    batch = make_batch(seed)
+    scores = scorer.score(batch, batch["completion_mask"])
+    expected = naive_scores(teacher_path, batch, temperature=1.0)
+    assert (scores["teacher_mask"] == batch["completion_mask"].bool()).all()
+    torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
+
+
+def test_scores_on_a_ragged_batch(serve, teacher_path, tmp_path):
+    server = serve()
+    assert_right(make_scorer(tmp_path, server), teacher_path)
+    # Exactly the row's own tokens are sent, and equal rows once
+    assert len(server.requests) == 7 and {request["prompt_logprobs"] for request in server.requests} == {0}
+    assert server.keys == {"Bearer open-sesame"}
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_what_passes_is_asked_again(name, serve, teacher_path, tmp_path):
+    server = serve()
+    scorer = make_scorer(tmp_path, server, patience=2.0 if name == "stuck" else 20.0)
+    server.faults = [FAULTS[name]] * 2
+    assert_right(scorer, teacher_path)
+    assert len(server.requests) == 9
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_what_doesnt_pass_ends_training(name, serve, tmp_path):
+    server = serve()
+    scorer = make_scorer(tmp_path, server, patience=0.4 if name == "stuck" else 1.0)
+    server.fault, batch = FAULTS[name], make_batch()
+    with pytest.raises(
+        ServerError, match=rf"{server.url} gave no answer that can be used: .* \(attempt \d+, .*resume"
+    ):
+        scorer.score(batch, batch["completion_mask"])
+
+
+@pytest.mark.parametrize("name", ["500", "nan", "reset"])
+def test_one_row_that_fails_for_ever(name, serve, tmp_path):
+    """The others are answered, so it isn't waited for until patience ends."""
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server, patience=1000.0)
+    batch["completion_mask"][0] = 1
+    unlucky = batch["completion_ids"][0].tolist()
+
+    def fault(handler, answer):
+        is_unlucky = handler.body["prompt"][-len(unlucky) :] == unlucky
+        (FAULTS[name] if is_unlucky else right)(handler, answer)
+
+    server.fault = fault
+    with pytest.raises(ServerError, match=rf"attempt ({client.ATTEMPTS}|{client.ATTEMPTS + 1}), "):
+        scorer.score(batch, batch["completion_mask"])
+
+
+def test_what_the_server_refuses_is_not_asked_again(serve, tmp_path):
+    server, batch = serve(), make_batch(rows=1)
+    scorer = make_scorer(tmp_path, server)
+    server.fault = status(400, "Requested prompt logprobs of 30, which is greater than max allowed: 20")
+    with pytest.raises(ValueError, match=f"{server.url}/v1/completions doesn't accept .* 400, .*max allowed: 20"):
+        scorer.score(batch, batch["completion_mask"])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("code", [500, 400, 301])
+def test_the_key_is_told_to_nobody(code, serve, tmp_path, caplog):
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server, patience=0.2)
+    server.fault, caplog.handler.level = echo_key(code), logging.DEBUG
+    with caplog.at_level(logging.DEBUG), pytest.raises((ServerError, ValueError)) as caught:
+        scorer.score(batch, batch["completion_mask"])
+    errors = [caught.value, caught.value.__cause__, getattr(caught.value.__cause__, "__cause__", None)]
+    assert "not with Bearer ***" in str(caught.value)
+    assert "open-sesame" not in "".join(map(repr, errors)) + caplog.text
+
+
+def test_servers_share_the_load_and_stand_in_for_each_other(serve, teacher_path, tmp_path):
+    servers = serve(), serve()
+    scorer = make_scorer(tmp_path, *servers)
+    assert_right(scorer, teacher_path)
+    assert {len(server.requests) for server in servers} == {3, 4}
+    servers[0].stop()
+    for seed in (1, 2):
+        assert_right(scorer, teacher_path, seed)
+    servers[0].start(servers[0].port)
+    assert_right(scorer, teacher_path, seed=3)
+
+
+# Before training
+
+
+@pytest.mark.parametrize("fault", [FAULTS["loading"], None], ids=["loading", "refused"])
+def test_a_server_that_is_not_ready_yet_is_waited_for(fault, serve, tmp_path, monkeypatch):
+    server, asked = serve(), threading.Event()
+    if fault is None:  # it comes up when it has been asked in vain
+        server.stop()
+        attempt = client.Servers._gives_up
+        monkeypatch.setattr(client.Servers, "_gives_up", lambda *args: asked.set() or attempt(*args))
+        threading.Thread(target=lambda: asked.wait(10) and server.start(server.port), daemon=True).start()
+    else:
+        server.faults = [fault] * 3
+    assert ServedTeacher([server.url], None, make_args(tmp_path, server.url)).max_length == 4095
+
+
+@pytest.mark.parametrize("name", ["500", "stuck", "not ours", "truncated"])
+def test_a_server_that_never_is(name, serve, tmp_path):
+    server = serve()
+    server.fault = FAULTS[name]
+    with pytest.raises(ServerError, match=server.url):
+        ServedTeacher([server.url], None, make_args(tmp_path, server.url, patience=0.5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.5, None])
+def test_what_cannot_be_log_probabilities(value, serve, tmp_path):
+    server = serve()
+    server.fault = set_last(value)
+    with pytest.raises(ServerError, match="log-probabilit"):
+        ServedTeacher([server.url], None, make_args(tmp_path, server.url))
+
+
+def test_the_model_must_be_served(serve, teacher_path, student_path, tmp_path):
+    server = serve(name="Qwen/Qwen3-8B")
+    args = make_args(tmp_path, server.url)
+    for name in (None, "Qwen/Qwen3-8B", teacher_path, student_path):  # the last is a tokenizer beside it
+        assert ServedTeacher([server.url], name, args).model == "Qwen/Qwen3-8B"
+    with pytest.raises(ValueError, match="serves Qwen/Qwen3-8B, and not Qwen/Qwen3-14B"):
+        ServedTeacher([server.url], "Qwen/Qwen3-14B", args)
+
+
+def test_no_tokenizer_here(serve, student_path, tmp_path):
+    server = serve()
+    server.cards[0]["root"] = str(tmp_path / "on-another-machine")
+    args = make_args(tmp_path, server.url, teacher_model_init_kwargs={"local_files_only": True})
+    with pytest.raises(ValueError, match="tokenizer of the served teacher isn't found here .*`teacher_model` beside"):
+        ServedTeacher([server.url], None, args)
+    assert ServedTeacher([server.url], student_path, args).name == "on-another-machine"
+
+
+def test_servers_of_one_teacher_must_agree(serve, student_path, tmp_path):
+    servers = serve(), serve(student_path)
+    urls = [server.url for server in servers]
+    with pytest.raises(ValueError, match=f"{urls[0]} and {urls[1]} score the same tokens .* nats apart"):
+        ServedTeacher(urls, None, make_args(tmp_path, urls))
+    servers[1].cards[0]["id"] = "other"
+    with pytest.raises(ValueError, match="serve different models: teacher, other"):
+        ServedTeacher(urls, None, make_args(tmp_path, urls))
+
+
+def test_rows_too_long_for_it_are_refused(serve, student_path, tmp_path):
+    server = serve(max_model_len=12)  # a prompt of 4, a completion of 8, and the token that is always generated
+    args = make_args(tmp_path, server.url, max_steps=0)
+    with pytest.raises(ValueError, match="knows 11 positions.*--max-model-len"):
+        RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+    server.cards[0]["max_model_len"] = 13
+    RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+
+
+def test_another_tokenizer_is_refused(serve, student_path, tmp_path):
+    reverse = tiny.make_tokenizer(tiny.WORDS[::-1])
+    server = serve(tiny.save_model(tmp_path / "other", seed=1, tokenizer=reverse))
+    with pytest.raises(ValueError, match="reads the student's token ids differently"):
+        RLADTrainer(student_path, tiny.reward, make_args(tmp_path, server.url), tiny.make_dataset())
+
+
+# In training
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
+def test_training_is_that_of_a_local_teacher(mode, serve, student_path, teacher_path, tmp_path):
+    server = serve()
+    local = train(student_path, teacher_path, tiny.make_dataset(), tmp_path, **mode)
+    args = {"teacher_server_urls": server.url, "per_device_train_batch_size": 8, **mode}
+    served = train(student_path, None, tiny.make_dataset(), tmp_path, **args)
+    for ours, theirs in zip(local.model.parameters(), served.model.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert served.state.log_history[0]["teacher/scoring_time"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
+def test_local_and_served_teachers_each_with_their_prompts(mode, serve, student_path, teacher_path, tmp_path):
+    paths = {"here": teacher_path, "there": tiny.save_model(tmp_path / "wide", seed=2, hidden_size=32)}
+    server = serve(paths["there"])
+    dataset = make_dataset(["here", "there", "there"], ["w3 w4 w5 w6 w7", None])
+    settings = {"teacher_server_urls": {"there": [server.url]}, **mode}
+    trainer = train(student_path, {"here": teacher_path}, dataset, tmp_path, **settings)
+    asked = assert_scores(trainer, lambda row: paths[row["teacher_id"]], lambda r: r["teacher_prompt"] or r["prompt"])
+    assert asked == set(paths.values())
+
+
+def test_the_teacher_scores_beside_the_rewards(serve, student_path, tmp_path):
+    """All rows are on the server while the reward function runs, though that is no coroutine."""
+    server, seen = serve(), []
+
+    def reward(completion_ids, **kwargs):
+        different = len({tuple(ids) for ids in completion_ids})
+        for _ in range(1000):
+            if len(server.requests) >= different:
+                break
+            threading.Event().wait(0.01)
+        seen.append(len(server.requests) >= different)
+        server.requests.clear()
+        return tiny.reward(completion_ids)
+
+    args = make_args(tmp_path, server.url, max_steps=2)
+    trainer = RLADTrainer(student_path, reward, args, tiny.make_dataset())
+    server.requests.clear()
+    trainer.train()
+    assert seen == [True, True]
+
+
+def test_rows_without_advantage_are_called_back(serve, student_path, tmp_path):
+    server = serve()
+    args = make_args(tmp_path, server.url, max_steps=2, teacher_failure="raise", patience=1000.0)
+    trainer = RLADTrainer(
+        student_path, lambda completions, **kwargs: [1.0] * len(completions), args, tiny.make_dataset()
+    )
+    server.fault = FAULTS["stuck"]  # nobody waits for it
+    trainer.train()
+    assert server.requests and not trainer.teacher_scorer._sent
+
+
+def test_rows_that_the_teacher_has_no_say_on_are_not_sent(serve, student_path, tmp_path):
+    server = serve()
+    dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32)
+    trainer = RLADTrainer(student_path, tiny.reward, make_args(tmp_path, server.url, max_steps=1), dataset)
+    server.requests.clear()
+    trainer.train()
+    assert not server.requests
+
+
+class Failing:
+    """A server that fails from a step on."""
+
+    def __init__(self, server, fault, step):
+        self.server, self.fault, self.step = server, fault, step
+
+    def __call__(self, completion_ids, trainer_state, **kwargs):
+        if trainer_state.global_step >= self.step:
+            self.server.fault = self.fault
+        return tiny.reward(completion_ids)
+
+    __name__ = "reward"
+
+
+def test_failure_raises_and_leaves_the_last_checkpoint(serve, student_path, tmp_path):
+    server = serve()
+    args = make_args(tmp_path, server.url, patience=0.5, save_strategy="steps", save_steps=1)
+    trainer = RLADTrainer(student_path, Failing(server, status(500), 2), args, tiny.make_dataset())
+    with pytest.raises(ServerError, match='resume_from_checkpoint.*teacher_failure="grpo"'):
+        trainer.train()
+    server.fault = right
+    again = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+
+
+def test_failed_rows_train_with_grpo(serve, student_path, tmp_path, caplog):
+    server = serve()
+    args = {"per_device_train_batch_size": 8, "max_steps": 3}
+    grpo = train(student_path, None, tiny.make_dataset(), tmp_path, alpha=1.0, **args)
+    args = make_args(tmp_path, server.url, patience=0.3, teacher_failure="grpo", **args)
+    trainer = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+    server.fault = status(500)
+    trainer.train()
+    for ours, theirs in zip(grpo.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    failed = [log["teacher/failed_rows"] for log in trainer.state.log_history if "loss" in log]
+    assert len(failed) == 3 and max(failed) > 0
+    assert caplog.text.count("train without it") == 1
+
+
+def test_some_failed_rows_leave_the_others_their_teacher(serve, student_path, teacher_path, tmp_path):
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server, failure="grpo")
+    expected = naive_scores(teacher_path, batch, temperature=1.0)
+
+    def fault(handler, answer):
+        (FAULTS["nan"] if len(handler.body["prompt"]) % 2 else right)(handler, answer)
+
+    server.fault = fault
+    scores = scorer.score(batch, batch["completion_mask"])
+    has_failed = ((batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)) % 2).bool()
+    assert 0 < has_failed.sum() < 7 and scorer.failed_rows == has_failed.sum()
+    assert (scores["teacher_mask"] == batch["completion_mask"].bool() & ~has_failed[:, None]).all()
+    expected[has_failed] = 0
+    torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
+
+
+def test_too_many_failed_rows_raise_after_all(serve, tmp_path, monkeypatch):
+    server = serve()
+    scorer = make_scorer(tmp_path, server, failure="grpo", patience=0.2)
+    monkeypatch.setattr(served_scorer, "LEAST_ROWS", 100)
+    server.fault = status(500)
+    for seed in range(2):
+        batch = make_batch(seed)
+        if seed == 0:
+            scorer.score(batch, batch["completion_mask"])  # 7 of at least 100
+        else:
+            with pytest.raises(ServerError, match="no answer for 14 of 14 rows"):
+                scorer.score(batch, batch["completion_mask"])

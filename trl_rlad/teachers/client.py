@@ -1,0 +1,145 @@
+"""Requests to servers that stand in for each other: pooled, bounded, and made again where that may help."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+import httpx2
+from accelerate.logging import get_logger
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+
+logger = get_logger(__name__)
+
+IN_FLIGHT = 32  # requests at once to one server, which batches what is there
+ATTEMPTS = 8  # at a request that is answered wrongly, or while others are answered
+SILENCE = 30.0  # seconds for which a server that has failed comes last
+WAIT = wait_random_exponential(multiplier=0.5, max=30)
+
+
+class ServerError(RuntimeError):
+    """A request that no server has answered rightly."""
+
+
+class _Failure(Exception):
+    """An attempt in vain."""
+
+
+class _WrongAnswer(_Failure):
+    """An attempt that has ended in a wrong answer."""
+
+
+@dataclass
+class _Server:
+    url: str
+    in_flight: int = 0
+    failed_at: float = -float("inf")
+
+
+class Servers:
+    """
+    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that fails.
+
+    They are asked in a thread of their own, so that many requests can be under way while the caller does other things.
+
+    Args:
+        urls (`list[str]`):
+            Their addresses.
+        patience (`float`):
+            Seconds for which requests are made again while no server answers any. An attempt lasts at most half as long.
+        key (`str`, *optional*):
+            What is sent to prove who asks. It is left out of all messages.
+    """
+
+    def __init__(self, urls: list[str], patience: float, key: str | None = None):
+        self.urls, self.patience, self.key = urls, patience, key
+        self._servers = [_Server(url) for url in urls]
+        self._silent_since, self._answered_at = float("inf"), -float("inf")
+        self._loop = asyncio.new_event_loop()
+        Thread(target=self._loop.run_forever, name="teacher servers", daemon=True).start()
+        self._slots = asyncio.Semaphore(IN_FLIGHT * len(urls))
+        self._client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(patience / 2, connect=min(patience / 2, 10.0), pool=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT * len(urls)),
+        )
+
+    def submit(
+        self, path: str, read: Callable, body: Mapping[str, Any] | None = None, url: str | None = None
+    ) -> Future:
+        """
+        Ask, and go on.
+
+        Args:
+            path (`str`):
+                What is asked for.
+            read (`Callable`):
+                Makes the result of the decoded answer, or raises a `ValueError` if that is wrong.
+            body (`Mapping[str, Any]`, *optional*):
+                What is posted, as JSON.
+            url (`str`, *optional*):
+                The server that has to answer. `None` takes any.
+
+        Returns:
+            [`~concurrent.futures.Future`]: what `read` returns. Raises a `ValueError` if a server refuses the request, and a
+            [`ServerError`] if there is no right answer. It may be cancelled.
+        """
+        servers = [server for server in self._servers if url in (None, server.url)]
+        return asyncio.run_coroutine_threadsafe(self._ask(servers, path, read, body), self._loop)
+
+    async def _ask(self, servers, path, read, body):
+        retrying = AsyncRetrying(
+            stop=self._gives_up,
+            wait=WAIT,
+            retry=retry_if_exception_type(_Failure),
+            retry_error_callback=self._report,
+        )
+        async with self._slots:
+            return await retrying(self._try, servers, path, read, body)
+
+    async def _try(self, servers, path, read, body):
+        now = time.monotonic()
+        server = min(servers, key=lambda server: (now - server.failed_at < SILENCE, server.in_flight))
+        server.in_flight += 1
+        answer = None
+        try:
+            answer = await self._client.request("GET" if body is None else "POST", server.url + path, json=body)
+            if answer.status_code in (408, 429) or answer.status_code >= 500:
+                raise ValueError(self._describe(answer))
+            if answer.is_success:
+                result = read(answer.json())
+                self._silent_since, self._answered_at = float("inf"), time.monotonic()
+                server.failed_at = -float("inf")
+                return result
+        except (httpx2.RequestError, ValueError) as error:
+            server.failed_at = time.monotonic()
+            reason = f"{server.url} gave no answer that can be used: {str(error) or type(error).__name__}"
+            if self._silent_since > server.failed_at:
+                self._silent_since = server.failed_at
+                logger.warning(f"{reason}. It is asked again.", main_process_only=False)
+            failure = _WrongAnswer if answer is not None and answer.is_success else _Failure
+            raise failure(reason) from error
+        finally:
+            server.in_flight -= 1
+        # What isn't accepted once won't be accepted later
+        raise ValueError(f"{server.url}{path} doesn't accept the request: {self._describe(answer)}")
+
+    def _describe(self, answer):
+        text = f"status {answer.status_code}, {answer.text[:300]!r}"
+        return text.replace(self.key, "***") if self.key else text
+
+    def _gives_up(self, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, _WrongAnswer) or self._answered_at > state.start_time:
+            return state.attempt_number >= ATTEMPTS
+        return time.monotonic() - self._silent_since > self.patience
+
+    def _report(self, state: RetryCallState):
+        error = state.outcome.exception() if state.outcome else None
+        raise ServerError(
+            f"{error} (attempt {state.attempt_number}, after {state.seconds_since_start:.0f} s)"
+        ) from error
