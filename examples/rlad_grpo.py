@@ -189,7 +189,8 @@ def measure(trainer: RLADTrainer, eval_dataset: Dataset) -> dict[str, dict[str, 
     scores, k = {}, trainer.num_generations_eval
     for difficulty in sorted(set(eval_dataset["difficulty"])):
         rows = [i for i, other in enumerate(eval_dataset["difficulty"]) if other == difficulty]
-        metrics = trainer.evaluate(eval_dataset.select(rows))
+        prefix = f"eval_{difficulty}".rstrip("_")  # the model card has a row for each
+        metrics = trainer.evaluate(eval_dataset.select(rows), metric_key_prefix=prefix)
         scores[difficulty] = {f"mean@{k}": metrics["eval_rewards/accuracy/mean"]}
         if k > 1:
             scores[difficulty][f"pass@{k}"] = metrics.get(f"eval_rewards/accuracy/pass@{k}", float("nan"))
@@ -279,6 +280,7 @@ def main():
     if trainer.is_world_process_zero():
         if logs:
             plot_rewards([log["step"] for log in logs], rewards, Path(args.output_dir, "reward.png"))
+        trainer.create_model_card()
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_server import HubServer
+
+from trl_rlad.model_card import launch_command
 
 
 TESTS = Path(__file__).parent
@@ -18,7 +22,12 @@ from trl_rlad import RLADTrainer
 student, teacher, output_dir, token = sys.argv[1:5]
 config = tiny.make_config(
     output_dir,
-    max_steps=1,
+    max_steps=2,
+    teacher_kl_coef=0.5,
+    teacher_kl_coef_final=0.1,
+    eval_strategy="steps",
+    eval_steps=1,
+    per_device_eval_batch_size=4,
     push_to_hub=True,
     hub_model_id="tester/pupil",
     hub_token=token,
@@ -26,7 +35,8 @@ config = tiny.make_config(
     save_strategy="steps",
     save_steps=1,
 )
-trainer = RLADTrainer(student, tiny.reward, config, tiny.make_dataset(), teacher_model=teacher)
+data = tiny.make_dataset()
+trainer = RLADTrainer(student, tiny.reward, config, data, data.select(range(4)), teacher_model=teacher)
 trainer.train()
 """
 PUSH = TRAIN + "trainer.push_to_hub(dataset_name='puzzles/knights')\n"
@@ -69,11 +79,20 @@ def test_card_weights_and_tokenizer_arrive(hub, tmp_path, student_path, teacher_
         "@article{zhang2026rlad",
         "@software{vonwerra2020trl",
         f"| Teacher | {Path(teacher_path).name} |",
+        "| Dataset | puzzles/knights |",
         "| `alpha` | 0.5 |",
         "| `teacher_log_ratio_clip` | 1.0 |",
-        "| Dataset | puzzles/knights |",
+        "| `teacher_kl_coef` | 0.5 to 0.1 |",
+        "| Steps | 2 |",
+        "|  | step | reward/mean | reward/pass@1 | reward/pass@4 |",
+        "\n|  | 1 | ",
+        "\n|  | 2 | ",
+        'pipeline("text-generation", model="tester/pupil"',
+        "![The reward and the teacher over the steps of training](training.png)",
+        f"trl-rlad {version('trl-rlad')}, trl {version('trl')}",
     ):
         assert expected in card, expected
+    assert hub.repos["tester/pupil"]["training.png"].startswith(b"\x89PNG")
     assert str(tmp_path) not in card and teacher_path not in card, "a local path has left the machine"
 
     # The token is nowhere: not in the folder, its checkpoint or the pickled arguments, nor on the Hub, nor in the log
@@ -106,3 +125,53 @@ os.environ.update(hub.env(tempfile.mkdtemp()))
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in output_dir.iterdir()
     }
+
+
+def test_a_finished_folder_is_pushed_alone_and_an_upload_that_is_killed_loses_nothing(hub, tmp_path, make_trainer):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    folder = Path(trainer.args.output_dir)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    # As docs/hub.md says it
+    command = [
+        Path(sys.executable).with_name("hf"),
+        "upload",
+        "tester/pupil",
+        folder,
+        ".",
+        "--exclude",
+        "checkpoint-*/*",
+    ]
+    env = hub.env(tmp_path / "home") | {"HF_TOKEN": hub.token}
+    is_sending, store = threading.Event(), hub.lfs_put
+    hub.lfs_put = lambda *args: is_sending.set() or {}  # takes the weights, and keeps nothing
+    upload = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert is_sending.wait(60)
+    upload.kill()
+    upload.wait()
+    assert "model.safetensors" not in hub.repos["tester/pupil"]
+    assert {path: path.read_bytes() for path in before} == before
+
+    hub.lfs_put = store
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    there = hub.repos["tester/pupil"]
+    assert there["model.safetensors"] == before[folder / "model.safetensors"]
+    assert {"README.md", "config.json", "tokenizer.json"} <= there.keys()
+    assert not any(name.startswith("checkpoint-") for name in there)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_launch_command_keeps_secrets_and_folders_to_itself():
+    arguments = ["/home/me/run.py", "--hub_token", "abc", "--hub_token=def", "--name", "hf_abcdefgh", "--x", "s3cret"]
+    arguments += ["--output_dir", "/home/me/out", "--task_kwargs", '{"dataset": "/data/mine"}', "--config", "a/b.yaml"]
+    arguments += ["--teacher_tokens_per_batch", "1024", "--teacher", "https://example.org/v1/teacher"]
+    assert launch_command(arguments, {"s3cret", None}) == (
+        "run.py --hub_token *** --hub_token=*** --name *** --x *** --output_dir out "
+        '--task_kwargs \'{"dataset": "mine"}\' --config a/b.yaml --teacher_tokens_per_batch 1024 '
+        "--teacher https://example.org/v1/teacher"
+    )
+    assert launch_command(["-c", "--x", "1"], set()) is None

@@ -18,7 +18,7 @@ The only module that touches what TRL keeps private. `tests/test_trl_contract.py
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.
 - The inputs beside the tokens that the student's forward pass is given for images, and `split_pixel_values_by_grid`.
 - `trl.trainer.utils`: `add_fused_lm_head` (since 1.15), `create_model_from_path`, `get_config_model_id`,
-  `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
+  `get_comet_experiment_url`, `get_trackio_space_url`, `is_async_callable`, `maybe_gather_lm_head_ctx`, `use_adapter`, `split_pixel_values_by_grid` and its opposite;
   `trl.models.prepare_fsdp`.
 """
 
@@ -31,13 +31,16 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_wandb_available
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
+    get_comet_experiment_url,
     get_config_model_id,
+    get_trackio_space_url,
     is_async_callable,
     split_pixel_values_by_grid,
     unsplit_pixel_values_by_grid,
@@ -59,6 +62,7 @@ __all__ = [
     "logit_scale",
     "patched",
     "prepare_fsdp",
+    "run_links",
     "split_images",
     "use_adapter",
 ]
@@ -76,6 +80,16 @@ def logit_scale(text_config: PretrainedConfig) -> float:
     if scaling is None:
         return 1.0
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
+
+
+def run_links() -> dict[str, str]:
+    """Where the run that is being logged can be looked at, by the name of the service."""
+    links = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        links["Weights & Biases"] = wandb.run and wandb.run.url
+    return {name: url for name, url in links.items() if url}
 
 
 # What TRL hands to a vision-language model beside the tokens
@@ -154,7 +168,9 @@ class GuidedGRPOTrainer(GRPOTrainer):
     the padding of the others.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
+    num_generations: int
+    _logs: dict[str, Any]
     trims_padding = False
     # Whether the loss is more than GRPO's, so that a step in which nobody asks is an error
     is_guided = False
@@ -194,15 +210,6 @@ class GuidedGRPOTrainer(GRPOTrainer):
         """Return what is added to the loss of each token, as the reference KL is, or `None` for nothing."""
         return None
 
-    def see_tokens(
-        self,
-        per_token_logps: torch.Tensor,
-        old_per_token_logps: torch.Tensor,
-        anchor: torch.Tensor | None,
-        batch: dict,
-    ):
-        """Look at what the loss compares in a micro-batch, `(B, T)` each. `anchor` is what `get_anchor` returned."""
-
     def after_generation(
         self,
         rows: list[dict],
@@ -211,6 +218,15 @@ class GuidedGRPOTrainer(GRPOTrainer):
         tool_mask: list[list[int]] | None,
     ):
         """Told of this process's rollouts, of text only, when they are there, with the dataset's rows they belong to."""
+
+    def see_tokens(
+        self,
+        per_token_logps: torch.Tensor,
+        old_per_token_logps: torch.Tensor,
+        anchor: torch.Tensor | None,
+        batch: dict,
+    ):
+        """Look at what the loss compares in a micro-batch, `(B, T)` each. `anchor` is what `get_anchor` returned."""
 
     def during_rewards(
         self,

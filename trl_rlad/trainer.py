@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryFile
 from typing import Any
@@ -21,6 +20,7 @@ from .checkpoints import RunRecord, last_checkpoint
 from .config import RLADConfig
 from .evaluation import pass_at_k
 from .lm_head import LMHead
+from .model_card import write_model_card
 from .rollouts import RolloutLog
 from .routing import RoutedScorer, teacher_numbers
 from .served_scorer import ServedScorer
@@ -495,20 +495,8 @@ class RLADTrainer(GuidedGRPOTrainer):
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             info = getattr(self.train_dataset, "info", None)
-            rows = {
-                "Teacher": ", ".join(teacher.name for teacher in self._teachers.values()) or "none",
-                "`alpha`": self.args.alpha,
-                "`teacher_credit`": self.args.teacher_credit,
-                "`teacher_log_ratio_clip`": self.trrd.teacher_log_ratio_clip,
-                "`teacher_kl_coef`": self.args.teacher_kl_coef,
-                "`teacher_kl_estimator`": self.args.teacher_kl_estimator,
-                "`distillation_ratio`": self.args.distillation_ratio,
-                "Dataset": dataset_name or getattr(info, "dataset_name", None) or "not named",
-            }
-            table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-            path, heading = Path(self.args.output_dir, "README.md"), "### Framework versions"
-            card = path.read_text(encoding="utf-8").replace(heading, f"### Objective\n\n{table}\n\n{heading}")
-            path.write_text(card, encoding="utf-8")
+            dataset_name = dataset_name or getattr(info, "dataset_name", None)
+            write_model_card(self, self.run_record.record["teachers"], dataset_name)
 
 
 def _by_name(teacher_model) -> dict:

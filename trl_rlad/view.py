@@ -1,6 +1,7 @@
 """One HTML file, without a script and without an outside address, that shows what a teacher did to a run."""
 
 import re
+from collections.abc import Iterable, Iterator
 from html import escape
 from io import StringIO
 from itertools import groupby
@@ -115,7 +116,7 @@ def _gaps(record):
     return [None if teacher is None else student - teacher for student, teacher in pairs]
 
 
-def _groups(runs):
+def _groups(runs: Iterable) -> Iterator[tuple[float, str, tuple, list[dict]]]:
     """How much the teacher changed each group, the group's run, its number there, and its records."""
     for name, records, _ in runs:
         for key, group in groupby(records, key=lambda record: (record["step"], record["group"])):

@@ -18,7 +18,6 @@ from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -89,11 +88,11 @@ class Probe:
                 "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio` the trainer has "
                 "none. Set `alpha=0.5`."
             )
-        self.trainer: Any = trainer  # TRL types its own attributes in part
+        self.trainer, self.scorer = trainer, trainer.teacher_scorer
         self.rollouts: list[dict] = []
         self.num_groups = 0
-        self.groups = self.rewards = self.scores = None  # of the batch at hand
-        self.seconds: dict[str, float] = {"generation": 0.0, "scoring": 0.0}
+        self.groups, self.rewards, self.scores = None, None, None  # of the batch at hand
+        self.seconds = {"generation": 0.0, "scoring": 0.0}
         self.memory: dict[str, float] = {}
 
     def run(self, num_prompts: int):
@@ -106,7 +105,7 @@ class Probe:
         Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers succeeds,
         `teacher_accuracy`, and on what share of the prompts without a success of the student it has one, `teacher_rescues`.
         """
-        scorer, trainer = self.trainer.teacher_scorer, self.trainer
+        scorer, trainer = self.scorer, self.trainer
         if isinstance(scorer, RoutedScorer) or scorer.teacher.is_sharded or not hasattr(scorer.teacher, "model"):
             raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
         if trainer.use_vllm:
@@ -193,8 +192,7 @@ class Probe:
 
 def describe(probe: Probe) -> dict:
     """What is probed, as far as its figures depend on it, and what scoring costs."""
-    trainer = probe.trainer
-    scorer = trainer.teacher_scorer
+    trainer, scorer = probe.trainer, probe.scorer
     scorers = list(scorer.scorers.values()) if isinstance(scorer, RoutedScorer) else [scorer]
     unknown = {id for each in scorers for id in each.unknown_ids.tolist()}
     args, student = trainer.args, get_config_model_id(trainer.model.config)

@@ -1,0 +1,37 @@
+"""
+For MkDocs: pages link to the repository's files as they lie, so that the links work where the repository is read. What a page
+links to outside of `docs/` comes along into the site; a link to nothing stays as it is, and the strict build refuses it.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
+
+
+def place(name: str) -> str:
+    """Where a file of the repository is in the site: as plain text, unless it is a picture."""
+    return f"repository/{name}" + ("" if name.endswith(".png") else ".txt")
+
+
+def on_files(files, config):
+    for page in Path(config.docs_dir).glob("*.md"):
+        for name in LINK.findall(page.read_text()):
+            if (ROOT / name).is_file() and files.get_file_from_path(place(name)) is None:
+                files.append(File.generated(config, place(name), abs_src_path=str(ROOT / name)))
+
+
+def on_page_markdown(markdown, page, config, files):
+    return LINK.sub(lambda link: place(link[1]), markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Docstrings name types in TRL's way, [`~package.Class`], which would need the sites of all these packages."""
+    html = re.sub(
+        r"<code>[^<]*`[^<]*</code>", lambda cell: re.sub(r"\[?`~?|`\]?|\*|\b(\w+\.)+(?=[A-Z])", "", cell[0]), html
+    )
+    return re.sub(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]", r"<code>\1</code>", html)

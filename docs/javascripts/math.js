@@ -1,0 +1,4 @@
+// The delimiters that pymdownx.arithmatex and the docstrings write
+window.MathJax = {
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
+};

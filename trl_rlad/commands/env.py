@@ -1,0 +1,28 @@
+"""The versions that an issue should name."""
+
+from argparse import ArgumentParser
+from importlib.metadata import PackageNotFoundError, version
+
+from trl.scripts.env import print_env
+from trl.scripts.utils import get_git_commit_hash
+
+
+# What TRL's own list leaves out: this package's extras, and the client of a served teacher
+OTHERS = ("openai", "reasoning-gym", "math-verify")
+
+
+def main(arguments: list[str]):
+    """Print what `trl env` prints, and this package's own version and commit."""
+    ArgumentParser(prog="trl-rlad env", description=__doc__).parse_args(arguments)
+    print_env()
+    commit = get_git_commit_hash("trl_rlad")  # an error in words where git refuses
+    print(f"- trl-rlad version: {version('trl-rlad')}{f'+{commit[:7]}' if commit else ''}")
+    for name in OTHERS:
+        print(f"- {name} version: {find_version(name)}")
+
+
+def find_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

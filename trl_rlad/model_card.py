@@ -1,0 +1,170 @@
+"""The model card of a student."""
+
+import re
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, get_token
+
+from ._trl import run_links
+
+
+if TYPE_CHECKING:
+    from .trainer import RLADTrainer
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+PACKAGES = (
+    "trl-rlad",
+    "trl",
+    "transformers",
+    "accelerate",
+    "torch",
+    "datasets",
+    "tokenizers",
+    "peft",
+    "deepspeed",
+    "vllm",
+)
+OBJECTIVE = (
+    "alpha",
+    "teacher_log_ratio_clip",
+    "teacher_credit",
+    "teacher_kl_coef",
+    "teacher_kl_estimator",
+    "teacher_top_k",
+    "teacher_kl_rows",
+    "success_reward",
+    "distillation_ratio",
+)
+SCHEDULE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "beta",
+    "seed",
+)
+
+
+def write_model_card(trainer: "RLADTrainer", teachers: dict[str, dict[str, Any]], dataset_name: str | None):
+    """
+    Write the card of a student in the place of TRL's, of which only the metadata is kept.
+
+    Args:
+        trainer ([`RLADTrainer`]):
+            Has written TRL's card, a `README.md` in its output folder. The picture of training is drawn beside it, where
+            there is matplotlib.
+        teachers (`dict[str, dict[str, Any]]`):
+            What is known of each teacher, see [`~trl_rlad.checkpoints.describe_teacher`].
+        dataset_name (`str`, *optional*):
+            Name of the dataset.
+    """
+    args, log_history, num_processes = trainer.args, trainer.state.log_history, trainer.accelerator.num_processes
+    path = Path(str(args.output_dir), "README.md")
+    data = ModelCard.load(path).data
+    values = args.to_dict()
+    if args.teacher_kl_coef_final is not None:
+        values["teacher_kl_coef"] = f"{args.teacher_kl_coef} to {args.teacher_kl_coef_final}"
+    settings = {
+        "Teacher": ", ".join(name_teacher(each, args.teacher_model_revision) for each in teachers.values()) or "none",
+        "Dataset": dataset_name or "not named",
+        **{f"`{name}`": values[name] for name in OBJECTIVE},
+        "Steps": trainer.state.global_step,
+        "Completions in a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
+        **{f"`{name}`": values[name] for name in SCHEDULE},
+    }
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_name=data.model_name or path.parent.name,
+        base_model=data.base_model,
+        hub_model_id=trainer.hub_model_id,
+        paper=trainer._paper,
+        evaluations=tabulate(log_history),
+        picture=draw(log_history, path.with_name("training.png")),
+        links=run_links(),
+        command=launch_command(sys.argv, {args.hub_token, get_token()}),
+        num_processes=num_processes,
+        settings=settings,
+        versions=", ".join(f"{name} {found}" for name in PACKAGES if (found := find_version(name))),
+    )
+    card.save(path)
+
+
+def name_teacher(teacher: dict[str, Any], revision: str | None) -> str:
+    """A teacher's name, and the commit or at least the revision of its weights."""
+    name, commit = teacher["name"], teacher.get("commit")
+    if commit:
+        return f"[{name}](https://huggingface.co/{name}/tree/{commit}) at `{commit[:7]}`"
+    return f"{name} at `{revision}`" if revision else name
+
+
+def tabulate(log_history: list[dict[str, Any]]) -> list[list[str]]:
+    """The first and the last evaluation on each dataset, as the rows of a table below its heading; empty if there is none."""
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for log in log_history:
+        for name in (re.fullmatch("eval_(?:(.+)_)?runtime", key) for key in log):
+            if name:
+                logs.setdefault(name[1] or "", []).append(log)
+    metrics = {
+        key: None for log in log_history for key in log if re.fullmatch(r"eval_rewards/.*/(mean|pass@\d+)", key)
+    }
+    if not metrics:
+        return []
+    rows = [["", "step", *(key.removeprefix("eval_rewards/") for key in metrics)]]
+    for name, evaluations in logs.items():
+        for log in evaluations[:1] + evaluations[1:][-1:]:
+            values = [log.get(key) for key in metrics]
+            rows.append([name, str(log["step"]), *("" if value is None else f"{value:.3f}" for value in values)])
+    return rows
+
+
+def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
+    """Draw the reward, and what the teacher has to say, over the steps. Returns the picture's name, if there is one."""
+    names = ("reward", "teacher/log_ratio", "teacher/kl")
+    curves = {name: [(log["step"], log[name]) for log in log_history if log.get(name) is not None] for name in names}
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not curves:
+        return None
+    figure = Figure(figsize=(6, 2 * len(curves)), layout="tight")
+    for axes, (name, points) in zip(
+        figure.subplots(len(curves), sharex=True, squeeze=False).flat, curves.items(), strict=True
+    ):
+        axes.plot(*zip(*points, strict=True))
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.savefig(path, dpi=120)
+    return path.name
+
+
+def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None:
+    """A command line as it may be shown: without secrets and local folders. `None` where there is no script."""
+    if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
+        return None
+    line = shlex.join(arguments)
+    for secret in filter(None, secrets):
+        line = line.replace(secret, "***")
+    line = re.sub(r"(?i)(--\S*(?:token|secret|password|api_key)[= ])\S+", r"\1***", line)
+    line = re.sub(r"\bhf_\w{8,}", "***", line)
+    return re.sub(r"(?<![\w.~/])/(?:[^/\s\"']+/)+", "", line)
+
+
+def find_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
