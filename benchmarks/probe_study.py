@@ -89,7 +89,7 @@ def main():
         cells = [study[case].get(method) for case in cases]
         rows.append([f"{method}, over GRPO", *("{:+.1f} ± {:.1f}".format(*cell) if cell else "-" for cell in cells)])
     for name in ("before", "in the loss"):
-        rows.append([f"the probe's advice: {name}", *(recommend(found[case])[name] for case in cases)])
+        rows.append([f"the probe's advice: {name}", *(recommend(found[case])[name].split(" (")[0] for case in cases)])
     table = "\n".join("| " + " | ".join(row).replace("nan (nan to nan)", "-") + " |" for row in rows)
     path = RESULTS / "probe" / "study.md"
     path.parent.mkdir(exist_ok=True)

@@ -132,12 +132,15 @@ class RolloutLog(TrainerCallback):
         if not rows:
             return
         advantages = batch["advantages"].reshape(len(numbers), -1)
+        anchor = old_logps if anchor is None else anchor
         clipped = torch.zeros_like(logps, dtype=torch.long)
         if trainer.loss_type in CLIPPED_LOSS_TYPES and not trainer.is_distilling:
-            log_ratios = [logps - old_logps if anchor is None else logps - anchor.detach().float(), logps - old_logps]
+            ratio, policy_ratio = (logps - other.detach().float() for other in (anchor, old_logps))
             if trainer.importance_sampling_level == "sequence":
-                log_ratios = [sequence_log_ratio(each, trainer.loss_mask(batch)) for each in log_ratios]
-            causes = clip_causes(log_ratios[0], log_ratios[1], advantages, trainer.epsilon_low, trainer.epsilon_high)
+                ratio, policy_ratio = (
+                    sequence_log_ratio(each, trainer.loss_mask(batch)) for each in (ratio, policy_ratio)
+                )
+            causes = clip_causes(ratio, policy_ratio, advantages, trainer.epsilon_low, trainer.epsilon_high)
             for name, is_clipped in causes.items():
                 clipped = clipped.masked_fill(is_clipped, CLIPPED.index(name.partition("_by_")[2]))
         columns = {

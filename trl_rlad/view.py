@@ -51,8 +51,8 @@ summary { cursor: pointer; }
 .tokens span, .legend span { border-radius: 2px; }
 .mute { opacity: .5; }
 .teacher { border-bottom: 2px solid currentColor; } .policy { border-bottom: 2px dotted currentColor; }
-.tokens span:hover { outline: 1px solid var(--ink); }
-.tokens span:hover::after { content: attr(data-x); position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%);
+.tokens [data-x]:hover { outline: 1px solid var(--ink); }
+.tokens [data-x]:hover::after { content: attr(data-x); position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%);
   background: var(--ink); color: var(--page); opacity: 1; padding: .4rem .8rem; border-radius: 6px; white-space: pre;
   font: 13px/1.5 ui-monospace, monospace; z-index: 1; }
 @media (max-width: 45rem) { .row { grid-template-columns: 1fr; gap: .2rem; } }
@@ -85,7 +85,7 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 20_
     while shown < len(groups) and (tokens := tokens + sum(len(r["tokens"]) for r in groups[shown][3])) <= max_tokens:
         shown += 1
     shown = max(shown, min(len(groups), 1))
-    cards = "".join(_card(*group, is_open=number < 3) for number, group in enumerate(groups[:shown]))
+    cards = "".join(_card(number < 3, *group) for number, group in enumerate(groups[:shown]))
     legend = "".join(f'<span class="s{d}"> &gt; {x} </span>' for d, x in reversed(list(enumerate(STEPS))))
     legend += " 0 " + "".join(f'<span class="t{d}"> &lt; -{x} </span>' for d, x in enumerate(STEPS))
     parts = ["<h1>What the teacher did</h1>"]
@@ -127,7 +127,7 @@ def _groups(runs: Iterable) -> Iterator[tuple[float, str, tuple, list[dict]]]:
             yield mean(changes) if changes else 0.0, name, key, group
 
 
-def _card(change, name, key, records, is_open):
+def _card(is_open, change, name, key, records):
     rows = []
     # The same completion several times is shown once
     records = sorted(records, key=lambda record: (-record["advantage"], record["tokens"]))
@@ -137,7 +137,7 @@ def _card(change, name, key, records, is_open):
         side = "up" if record["advantage"] > 0 else "down" if record["advantage"] < 0 else ""
         facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · reward {record["reward"]:g}']
         facts += [f"{1 + len(others)} times the same"] if others else []
-        facts.append(f"mean {mean(gaps):+.2f}" if gaps else "not read by the teacher")
+        facts.append(f"mean {mean(gaps):+z.2f}" if gaps else "not read by the teacher")
         clipped = record.get("clipped") or []
         facts += [
             f"{clipped.count(number) / len(clipped):.0%} clipped by the {cause}"
@@ -220,12 +220,7 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "",
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif", "font.size": 9}
     settings |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,

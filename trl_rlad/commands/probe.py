@@ -190,9 +190,9 @@ class Probe:
             torch.cuda.reset_peak_memory_stats()
 
 
-def describe(trainer: RLADTrainer, probe: Probe) -> dict:
+def describe(probe: Probe) -> dict:
     """What is probed, as far as its figures depend on it, and what scoring costs."""
-    scorer = probe.scorer
+    trainer, scorer = probe.trainer, probe.scorer
     scorers = list(scorer.scorers.values()) if isinstance(scorer, RoutedScorer) else [scorer]
     unknown = {id for each in scorers for id in each.unknown_ids.tolist()}
     args, student = trainer.args, get_config_model_id(trainer.model.config)
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None):
         return
     bounds = (trainer.args.teacher_log_ratio_clip, trainer.epsilon_low, trainer.epsilon_high)
     figures = report(probe.rollouts, trainer.args.success_reward, *bounds, trainer.eos_token_ids)
-    figures |= describe(trainer, probe) | answers
+    figures |= describe(probe) | answers
     figures["advice"] = recommend(figures)
     print_report(figures)
     write_picture(probe.rollouts, figures, args.output.with_suffix(".png"))
