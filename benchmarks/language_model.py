@@ -63,18 +63,18 @@ METHODS = {
 }
 PRESETS = {
     "cpu": {
-        "sft": {"rows": 1152, "batch": 16, "rate": 1e-4, "student_steps": 30},
+        "sft": {"rows": 1152, "batch": 16, "rate": 1e-4, "student_steps": 24},
         "rollouts": 32,
         "steps": 16,
-        "sweep_steps": 5,
-        "rates": (1e-5, 3e-5),
+        "sweep_steps": 4,
+        "rates": (2e-5, 5e-5),
         "seeds": (1, 2),
         "puzzles": 120,
         "samples": 4,
         "processes": 2,
     },
     "gpu": {
-        "sft": {"rows": 1920, "batch": 16, "rate": 1e-4, "student_steps": 30},
+        "sft": {"rows": 12800, "batch": 32, "rate": 1e-4, "student_steps": 24},
         "rollouts": 128,
         "steps": 60,
         "sweep_steps": 20,

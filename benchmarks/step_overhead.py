@@ -73,8 +73,8 @@ def make_rollouts(lengths: str, seed: int = 0) -> tuple[list[list[int]], list[li
     generator = torch.Generator().manual_seed(seed)
     completions = LENGTHS[lengths](generator)
     # With completions of one length, prompts too have one, so that there is no padding at all
-    prompts = (
-        [80] * ROLLOUTS if lengths == "equal" else torch.randint(40, 121, (ROLLOUTS,), generator=generator).tolist()
+    prompts = {"equal": [80] * ROLLOUTS, "tiny": [4] * ROLLOUTS}.get(
+        lengths, torch.randint(40, 121, (ROLLOUTS,), generator=generator).tolist()
     )
 
     def draw(length):
