@@ -138,7 +138,11 @@ PARTS = {
         [STEP, "--lengths", "tiny", "--micro_batches", "64", "--repeats", "1", "--json", "{}.json"],
     ),
     # These two go on, the next time, from the runs that they have
-    "language_model": (400, ["benchmarks/language_model.py", "--preset", "gpu", "--output_dir", "{}"], None),
+    "language_model": (
+        400,
+        ["benchmarks/language_model.py", "--preset", "gpu", "--output_dir", "{}"],
+        ["benchmarks/language_model.py", "--preset", "tiny", "--output_dir", "{}"],
+    ),
     "main_job": (400, ["benchmarks/main_job.py", "--output_dir", "{}", "--results", "{}"], None),
 }
 

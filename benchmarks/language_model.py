@@ -65,7 +65,7 @@ PRESETS = {
     "cpu": {
         "sft": {"rows": 1152, "batch": 16, "rate": 1e-4, "student_steps": 24},
         "rollouts": 32,
-        "steps": 16,
+        "steps": 12,
         "sweep_steps": 4,
         "rates": (2e-5, 5e-5),
         "seeds": (1, 2),
