@@ -417,6 +417,14 @@ def _(place):
     place.run(rlad_grpo, "--task", "chain_sum")
 
 
+@refused(
+    "`rlad_grpo.py`", "`--teacher_samples 4` of a teacher behind a URL alone", "`--teacher_model_name_or_path` too"
+)
+def _(place):
+    arguments = "--task chain_sum --teacher_samples 4 --teacher_server_urls http://localhost:1".split()
+    place.run(rlad_grpo, *arguments, "--model_name_or_path", place.student)
+
+
 @refused("`rlad_grpo.py`", "`--task chainsum`", "chain_sum")
 def _(place):
     place.run(rlad_grpo, "--task", "chainsum", "--model_name_or_path", place.student)
