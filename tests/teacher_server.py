@@ -120,6 +120,11 @@ class Handler(BaseHTTPRequestHandler):
             pass  # nobody is there any more
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+
 class TeacherServer:
     def __init__(self, path, name="teacher", max_model_len=4096):
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -140,8 +145,8 @@ class TeacherServer:
         self.stop()
 
     def start(self, port=0):
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.server.owner, self.server.daemon_threads = self, True
+        self.server = Server(("127.0.0.1", port), Handler)
+        self.server.owner = self
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 

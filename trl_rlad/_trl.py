@@ -247,7 +247,7 @@ class GuidedGRPOTrainer(GRPOTrainer):
         self.generation_time = time.perf_counter() - start
         self.log_value("generation_time", self.generation_time)
         *self._rollouts, _, _, _, self._images, _ = outputs
-        if self._images is None:
+        if self._images is None and self._rows is not None:  # else they don't come by the teacher, which is said later
             self.after_generation(self._rows, *self._rollouts)
         return outputs
 
