@@ -137,9 +137,13 @@ import sys
 import tiny
 from trl_rlad import RLADTrainer
 
+def reward(prompts, completion_ids, **kwargs):  # some groups have no signal
+    return [0.0 if "w5" in prompt else value for prompt, value in zip(prompts, tiny.reward(completion_ids))]
+
+
 student, teacher, output_dir = sys.argv[1:]
-args = tiny.make_config(output_dir, per_device_eval_batch_size=6, temperature=0.8)
-trainer = RLADTrainer(student, tiny.reward, args, tiny.make_dataset(), teacher_model=teacher)
+args = tiny.make_config(output_dir, per_device_eval_batch_size=6, temperature=0.8, steps_per_generation=2)
+trainer = RLADTrainer(student, reward, args, tiny.make_dataset(), teacher_model=teacher)
 trainer.generation_config.update(temperature=0.01)
 print("before", trainer.evaluate()["eval_reward"])
 trainer.generation_config.update(temperature=0.8)
@@ -190,14 +194,16 @@ def test_command(probe, student_path, teacher_path, tmp_path):
     # Every token is read, whatever its advantage, by the models themselves
     student, teacher = map(AutoModelForCausalLM.from_pretrained, (student_path, teacher_path))
     tokenizer = AutoTokenizer.from_pretrained(student_path)
-    for rollout in rollouts[:8]:
+    assert {rollout["advantage"] == 0.0 for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
         prompt = tokenizer(rollout["prompt"])["input_ids"]
         ids = torch.tensor([prompt + rollout["ids"]])
         for name, model in (("logps", student), ("teacher_logps", teacher)):
             logps = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
             assert rollout[name] == pytest.approx(logps[range(len(logps)), rollout["ids"]].tolist(), abs=1e-4)
         assert rollout["top1"] == (logps.argmax(-1) == torch.tensor(rollout["ids"])).tolist()
-        assert rollout["reward"] == pytest.approx(tiny.reward([rollout["ids"]])[0])
+        expected = 0.0 if "w5" in rollout["prompt"] else tiny.reward([rollout["ids"]])[0]
+        assert rollout["reward"] == pytest.approx(expected)
     assert 0.0 <= figures["teacher_accuracy"] <= 1.0 and figures["seconds"]["scoring"] > 0.0
 
 

@@ -298,11 +298,10 @@ def print_report(figures: dict):
     quantiles = ", ".join(f"{q}%: {value:+z.2f}" for q, value in figures["gap_quantiles"].items())
     console.print(f"Quantiles of the gap: {quantiles}", highlight=False)
     if "teacher_accuracy" in figures:
-        console.print(
-            f"The teacher's own completions of these prompts: {figures['teacher_accuracy']:.0%} succeed; it answers "
-            f"{figures['teacher_rescues']:.0%} of the prompts on which the student fails throughout",
-            highlight=False,
-        )
+        text = f"The teacher's own completions of these prompts: {figures['teacher_accuracy']:.0%} succeed"
+        if figures["teacher_rescues"] >= 0.0:  # not NaN
+            text += f"; it answers {figures['teacher_rescues']:.0%} of those on which the student fails throughout"
+        console.print(text, highlight=False)
     seconds, memory = figures["seconds"], figures["device_memory_gib"]
     costs = f"{seconds['scoring']:.1f} s of scoring beside {seconds['generation']:.1f} s of generation"
     if memory:
