@@ -2,7 +2,7 @@
 How much memory a teacher's weights take on each rank, by its size and set-up.
 
     python benchmarks/teacher_memory.py              # worked out from the shapes of Qwen3
-    python benchmarks/teacher_memory.py --measure    # measured, on CPU, with a random model and two processes
+    python benchmarks/teacher_memory.py --measure    # measured, with a random model: two processes on CPU, or one GPU
 """
 
 import argparse
@@ -64,7 +64,8 @@ def worker(student: str, teacher: str, output_dir: str, **kwargs):
 
     from trl_rlad import RLADConfig, RLADTrainer
 
-    args = RLADConfig(output_dir, use_cpu=True, bf16=False, report_to="none", max_completion_length=8, **kwargs)
+    on_gpu = torch.cuda.is_available()
+    args = RLADConfig(output_dir, use_cpu=not on_gpu, bf16=False, report_to="none", max_completion_length=8, **kwargs)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer = RLADTrainer(
         student, lambda completions, **_: [0.0] * len(completions), args, Dataset.from_dict({"prompt": ["a"] * 8}),
@@ -74,35 +75,38 @@ def worker(student: str, teacher: str, output_dir: str, **kwargs):
     held = sum(
         getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p).nbytes for p in model.parameters()
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if on_gpu:
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     rank = trainer.accelerator.process_index
-    Path(output_dir, f"{rank}.json").write_text(json.dumps({"held": held, "peak": peak * 1024}))
+    Path(output_dir, f"{rank}.json").write_text(json.dumps({"held": held, "peak": peak}))
 
 
 def measure(save):
     """Print a Markdown table of MiB held by each of two processes, for a random teacher of about 300M parameters."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    ranks = 1 if torch.cuda.is_available() else 2
     with tempfile.TemporaryDirectory() as folder:
         student = save(f"{folder}/student", qwen3_config(64, 128, 2, 8, 1024))
         teacher = save(f"{folder}/teacher", qwen3_config(1024, 4096, 16, 8, 1024))
         size = Path(teacher, "model.safetensors").stat().st_size
-        print(f"float32 teacher of {size / 2**20:.0f} MiB, two processes:\n")
-        print("| set-up | weights held, rank 0 / 1 | highest memory above start, rank 0 / 1 |\n|---|---|---|")
+        print(f"float32 teacher of {size / 2**20:.0f} MiB, {ranks} processes:\n")
+        print("| set-up | weights held by each rank | highest memory above start |\n|---|---|---|")
         for name, config, kwargs in [
             ("ZeRO-2 student, whole teacher", "zero2", {}),
             ("ZeRO-2 student, sharded teacher", "zero2", {"teacher_zero_stage": 3}),
             ("ZeRO-3 student, sharded teacher", "zero3", {}),
+            ("the same, offloaded", "zero3", {"teacher_offload": "cpu"}),
         ]:
             settings = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-            settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+            settings |= {"num_processes": ranks, "use_cpu": ranks == 2, "mixed_precision": "no"}
             Path(folder, "config.yaml").write_text(yaml.dump(settings))
             options = {"student": student, "teacher": teacher, "output_dir": folder, **kwargs}
             command = ["-m", "accelerate.commands.launch", "--config_file", f"{folder}/config.yaml"]
             command += ["--main_process_port", "0", __file__, "--worker", json.dumps(options)]
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, *command], env=env, check=True, capture_output=True)
-            ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(2)]
-            cells = [" / ".join(f"{rank[key] / 2**20:.0f}" for rank in ranks) for key in ("held", "peak")]
+            reports = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+            cells = [" / ".join(f"{rank[key] / 2**20:.0f}" for rank in reports) for key in ("held", "peak")]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

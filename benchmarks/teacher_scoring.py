@@ -61,9 +61,11 @@ SMALL = {
     "head_dim": 64,
     "vocab_size": 8192,
 }
+TINY = SMALL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 512}
 PRESETS = {
     "cpu": Preset(SMALL, torch.float32, 32, 8, ("exponential", "uniform", "prefix", "mini")),
     "h200": Preset(QWEN3_8B, torch.bfloat16, 64, 8, ("exponential-2k", "long-tail-8k", "prefix-2k")),
+    "tiny": Preset(TINY, torch.float32, 16, 8, ("exponential",)),  # shows that it runs
 }
 
 
@@ -116,6 +118,7 @@ def bare_teacher(model: Qwen3ForCausalLM, args: RLADConfig, accelerator: Acceler
     """A teacher without a checkpoint and a tokenizer."""
     teacher = object.__new__(LocalTeacher)
     teacher.args, teacher.accelerator, teacher.vocab_size = args, accelerator, model.config.vocab_size
+    teacher.name, teacher.max_length = "random", model.config.max_position_embeddings
     add_fused_lm_head(model.requires_grad_(False).eval())
     teacher.head, teacher.model = FusedHead(model, temperature=1.0), teacher.prepare(model)
     return teacher
@@ -247,6 +250,7 @@ def plot(preset: Preset, teacher: LocalTeacher, accelerator: Accelerator, option
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="shapes and lengths to time")
+    parser.add_argument("--lengths", nargs="+", help="of the preset's lengths, those to time")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
     parser.add_argument("--tokens_per_batch", type=int, help="token budget of a micro-batch")
     parser.add_argument("--json", help="file to write the figures to")
@@ -256,14 +260,14 @@ def main():
     preset = PRESETS[options.preset]
     torch.manual_seed(0)
     args = RLADConfig(
-        "unused", use_cpu=options.preset == "cpu", bf16=False, teacher_tokens_per_batch=options.tokens_per_batch
+        "unused", use_cpu=options.preset != "h200", bf16=False, teacher_tokens_per_batch=options.tokens_per_batch
     )
-    accelerator = Accelerator(cpu=options.preset == "cpu")  # after the config, which resets accelerate
+    accelerator = Accelerator(cpu=options.preset != "h200")  # after the config, which resets accelerate
     with torch.device(accelerator.device):
         model = Qwen3ForCausalLM(Qwen3Config(**preset.shape, tie_word_embeddings=False)).to(preset.dtype)
     teacher = bare_teacher(model, args, accelerator)
     results = []
-    for name in preset.lengths:
+    for name in options.lengths or preset.lengths:
         lengths = draw_lengths(name, preset.rollouts)
         batch = make_batch(lengths, teacher.vocab_size, accelerator.device)
         ways = make_ways(preset, teacher, accelerator, batch, lengths)

@@ -6,8 +6,10 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from test_teacher_scorer import naive_log_probs
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer
 
@@ -199,3 +201,40 @@ def test_images_belong_to_the_prompt(tmp_path):
     dataset = dataset.add_column("teacher_prompt", dataset["prompt"][:])
     with pytest.raises(ValueError, match="images can't have a `teacher_prompt`"):
         train(student, teacher, dataset, tmp_path / "out", max_completion_length=4)
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+
+
+def save_adapters(base, folder):
+    """Two adapters of one base and one that changes the LM head too; and each merged into a model of its own."""
+    adapters, merged = {}, {}
+    for name, extra in {"one.a": [], "one_a": [], "head": ["lm_head"]}.items():
+        config = LoraConfig(**LORA | {"target_modules": LORA["target_modules"] + extra})
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        adapted.save_pretrained(folder / name)
+        adapted.merge_and_unload().save_pretrained(folder / f"{name}_merged")
+        adapters[name], merged[name] = str(folder / name), str(folder / f"{name}_merged")
+    return adapters, merged
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("reward", [tiny.reward, tiny.async_reward])
+def test_adapters_of_one_base_share_it(reward, offload, student_path, teacher_path, tmp_path):
+    adapters, merged = save_adapters(teacher_path, tmp_path)
+    dataset = make_dataset([*adapters, "small"])
+    teachers = {**adapters, "small": teacher_path}
+    trainer = train(student_path, teachers, dataset, tmp_path / "out", reward, teacher_offload=offload, max_steps=4)
+    paths = {**merged, "small": teacher_path}
+    assert assert_scores(trainer, lambda row: paths[row["teacher_id"]]) == set(paths.values())
+    assert not trainer._bases, "when training has ended, nobody holds the base any more"
+
+    scorers = trainer.teacher_scorer.scorers
+    for _ in range(2):  # as after an evaluation that has had it loaded again
+        for scorer in scorers.values():
+            with scorer.teacher.placed():
+                assert not any(parameter.requires_grad for parameter in scorer.teacher.model.parameters())
+        models = [scorers[name].teacher.model for name in paths]
+        assert models[0] is models[1] and len(set(map(id, models))) == 3
+        assert len(trainer._bases) == 1
+        trainer.teacher_scorer.release()

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import tiny
@@ -13,7 +13,7 @@ from tenacity import wait_none
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
 
-from trl_rlad import RLADTrainer, served_scorer
+from trl_rlad import RLADTrainer, cli, served_scorer
 from trl_rlad.served_scorer import ServedScorer
 from trl_rlad.teachers import ServedTeacher, ServerError, client
 
@@ -145,6 +145,13 @@ def test_a_server_that_is_not_ready_yet_is_waited_for(fault, serve, tmp_path, mo
     assert ServedTeacher([server.url], None, make_args(tmp_path, server.url)).max_length == 4095
 
 
+def test_one_of_two_servers_that_takes_longer(serve, tmp_path):
+    servers = serve(), serve()
+    servers[1].faults = [FAULTS["loading"]] * 3 * client.ATTEMPTS
+    urls = [server.url for server in servers]
+    ServedTeacher(urls, None, make_args(tmp_path, urls))
+
+
 @pytest.mark.parametrize("name", ["500", "stuck", "not ours", "truncated"])
 def test_a_server_that_never_is(name, serve, tmp_path):
     server = serve()
@@ -165,7 +172,7 @@ def test_the_model_must_be_served(serve, teacher_path, student_path, tmp_path):
     server = serve(name="Qwen/Qwen3-8B")
     args = make_args(tmp_path, server.url)
     for name in (None, "Qwen/Qwen3-8B", teacher_path, student_path):  # the last is a tokenizer beside it
-        assert ServedTeacher([server.url], name, args).model == "Qwen/Qwen3-8B"
+        assert ServedTeacher([server.url], name, args).model_id == "Qwen/Qwen3-8B"
     with pytest.raises(ValueError, match="serves Qwen/Qwen3-8B, and not Qwen/Qwen3-14B"):
         ServedTeacher([server.url], "Qwen/Qwen3-14B", args)
 
@@ -203,6 +210,14 @@ def test_another_tokenizer_is_refused(serve, student_path, tmp_path):
     server = serve(tiny.save_model(tmp_path / "other", seed=1, tokenizer=reverse))
     with pytest.raises(ValueError, match="reads the student's token ids differently"):
         RLADTrainer(student_path, tiny.reward, make_args(tmp_path, server.url), tiny.make_dataset())
+
+
+@pytest.mark.parametrize(("copy", "same"), [("teacher_path", True), ("student_path", False)])
+def test_a_copy_is_compared(copy, same, serve, tmp_path, request, capsys):
+    with nullcontext() if same else pytest.raises(SystemExit, match="not the same model"):
+        cli.main(["compare", serve().url, request.getfixturevalue(copy)])
+    mean = float(capsys.readouterr().out.split()[3])
+    assert mean < 1e-5 if same else mean > 0.1
 
 
 # In training
@@ -252,14 +267,17 @@ def test_the_teacher_scores_beside_the_rewards(serve, student_path, tmp_path):
 
 
 def test_rows_without_advantage_are_called_back(serve, student_path, tmp_path):
-    server = serve()
-    args = make_args(tmp_path, server.url, max_steps=2, teacher_failure="raise", patience=1000.0)
-    trainer = RLADTrainer(
-        student_path, lambda completions, **kwargs: [1.0] * len(completions), args, tiny.make_dataset()
-    )
+    server, sent = serve(), []
+
+    def reward(completions, **kwargs):
+        sent.extend(trainer.teacher_scorer._sent.values())
+        return [1.0] * len(completions)
+
+    args = make_args(tmp_path, server.url, max_steps=2, patience=1000.0)
+    trainer = RLADTrainer(student_path, reward, args, tiny.make_dataset())
     server.fault = FAULTS["stuck"]  # nobody waits for it
     trainer.train()
-    assert server.requests and not trainer.teacher_scorer._sent
+    assert sent and all(future.cancelled() for future in sent)
 
 
 def test_rows_that_the_teacher_has_no_say_on_are_not_sent(serve, student_path, tmp_path):
@@ -295,6 +313,8 @@ def test_failure_raises_and_leaves_the_last_checkpoint(serve, student_path, tmp_
     again = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 5
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(b"open-sesame" in path.read_bytes() for path in files)
 
 
 def test_failed_rows_train_with_grpo(serve, student_path, tmp_path, caplog):
@@ -327,6 +347,19 @@ def test_some_failed_rows_leave_the_others_their_teacher(serve, student_path, te
     assert (scores["teacher_mask"] == batch["completion_mask"].bool() & ~has_failed[:, None]).all()
     expected[has_failed] = 0
     torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
+
+
+def test_servers_that_are_gone_are_not_asked_for_every_row(serve, teacher_path, tmp_path, monkeypatch):
+    server, batch = serve(), make_batch(rows=60)
+    scorer = make_scorer(tmp_path, server, failure="grpo", patience=0.5)
+    server.fault = status(500)
+    scorer.score(batch, batch["completion_mask"])
+    server.requests.clear()
+    scorer.score(batch, batch["completion_mask"])
+    assert scorer.failed_rows == 60 and not server.requests
+    server.fault = right
+    monkeypatch.setattr(client, "PAUSE", 0.0)  # when that is over, they are
+    assert_right(scorer, teacher_path)
 
 
 def test_too_many_failed_rows_raise_after_all(serve, tmp_path, monkeypatch):

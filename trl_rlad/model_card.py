@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def write_model_card(trainer: "RLADTrainer", teachers: dict[str, dict[str, Any]]
         evaluations=tabulate(log_history),
         picture=draw(log_history, path.with_name("training.png")),
         links=run_links(),
-        command=launch_command(sys.argv, {args.hub_token, get_token()}),
+        command=launch_command(sys.argv, {args.hub_token, get_token(), *chain(*args.teacher_servers.values())}),
         num_processes=num_processes,
         settings=settings,
         versions=", ".join(f"{name} {found}" for name in PACKAGES if (found := find_version(name))),
@@ -152,7 +153,7 @@ def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
 
 
 def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None:
-    """A command line as it may be shown: without secrets and local folders. `None` where there is no script."""
+    """A command line as it may be shown: without secrets, addresses of servers and local folders. `None` where there is no script."""
     if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
         return None
     line = shlex.join(arguments)

@@ -8,6 +8,7 @@ from functools import partial
 from statistics import mean
 from tempfile import TemporaryFile
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from accelerate.logging import get_logger
@@ -153,6 +154,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         self.is_guided = args.needs_teacher
         self.trrd = TRRDLoss(args.alpha, args.teacher_log_ratio_clip)
         self.teacher_scorer, self._teachers = None, {}
+        self._bases: WeakValueDictionary | None = WeakValueDictionary() if is_routed else None  # that teachers share
         if args.needs_teacher:
             self._check_teacher_ids(teachers if is_routed else None)
             scorers = {name: self._create_teacher_scorer(each, name) for name, each in teachers.items()}
@@ -209,7 +211,9 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
                 "sum grows with the length and mutes long completions. The paper's choice is `loss_type='grpo'`."
             )
-        teacher = create_teacher(teacher_model, self.args, self.accelerator, lambda: self.model, self.tokenizer, urls)
+        teacher = create_teacher(
+            teacher_model, self.args, self.accelerator, lambda: self.model, self.tokenizer, urls, self._bases
+        )
         self._check_length(teacher)
         unknown_ids = find_unknown_ids(self.tokenizer, teacher.tokenizer, self.eos_token_ids)
         highest = max(self.tokenizer.get_vocab().values())

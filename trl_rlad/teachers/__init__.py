@@ -5,7 +5,7 @@ A teacher has one duty, `score(prompts, completions, top_k)`: given token sequen
 completion token and, where asked, the likeliest tokens in its place. It never hears of rewards, advantages or ratios.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from os import PathLike, fspath
 
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
+from .adapters import AdapterTeacher
 from .base import BaseTeacher
 from .client import ServerError
 from .local import LocalTeacher
@@ -22,6 +23,7 @@ from .teacher import Teacher, TokenScores
 
 
 __all__ = [
+    "AdapterTeacher",
     "BaseTeacher",
     "FSDPTeacher",
     "LocalTeacher",
@@ -41,6 +43,7 @@ def create_teacher(
     get_student: Callable,
     tokenizer: PreTrainedTokenizerBase,
     urls: list[str] | None = None,
+    bases: MutableMapping | None = None,
 ) -> Teacher:
     """
     The teacher that fits the model and the way in which training is distributed.
@@ -58,6 +61,8 @@ def create_teacher(
             The student's tokenizer.
         urls (`list[str]`, *optional*):
             Addresses of the servers that the teacher is behind. `teacher_model` is then what it is called there.
+        bases (`MutableMapping`, *optional*):
+            Where teachers that are adapters of the same base find it, see [`AdapterTeacher`].
 
     Raises:
         `TypeError`: if `teacher_model` is neither a name nor a model.
@@ -101,4 +106,8 @@ def create_teacher(
         stage = 3 if accelerator.state.deepspeed_plugin.zero_stage == 3 else 0
     teacher_class = ZeRO3Teacher if stage == 3 else LocalTeacher
     teacher_class = FSDPTeacher if distributed_type == DistributedType.FSDP else teacher_class
+    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
+        return AdapterTeacher(
+            teacher_model, args, accelerator, bases
+        )  # or not an adapter, but then it is like any other
     return teacher_class(teacher_model, args, accelerator)

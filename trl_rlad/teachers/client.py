@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 IN_FLIGHT = 32  # requests at once to one server, which batches what is there
 ATTEMPTS = 8  # at a request that is answered wrongly, or while others are answered
-SILENCE = 30.0  # seconds for which a server that has failed comes last
+PAUSE = 30.0  # seconds for which a server that has failed comes last
 WAIT = wait_random_exponential(multiplier=0.5, max=30)
 
 
@@ -37,6 +37,9 @@ class _WrongAnswer(_Failure):
 class _Server:
     url: str
     in_flight: int = 0
+    # By the clock: the last answer, and since then the first and the last failure
+    answered_at: float = -float("inf")
+    silent_since: float = float("inf")
     failed_at: float = -float("inf")
 
 
@@ -58,7 +61,6 @@ class Servers:
     def __init__(self, urls: list[str], patience: float, key: str | None = None):
         self.urls, self.patience, self.key = urls, patience, key
         self._servers = [_Server(url) for url in urls]
-        self._silent_since, self._answered_at = float("inf"), -float("inf")
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="teacher servers", daemon=True).start()
         self._slots = asyncio.Semaphore(IN_FLIGHT * len(urls))
@@ -99,11 +101,14 @@ class Servers:
             retry_error_callback=self._report,
         )
         async with self._slots:
+            now = time.monotonic()
+            if self._silence(servers) > self.patience and all(now - server.failed_at < PAUSE for server in servers):
+                raise ServerError(f"{', '.join(server.url for server in servers)} gave no answer just now")
             return await retrying(self._try, servers, path, read, body)
 
     async def _try(self, servers, path, read, body):
         now = time.monotonic()
-        server = min(servers, key=lambda server: (now - server.failed_at < SILENCE, server.in_flight))
+        server = min(servers, key=lambda server: (now - server.failed_at < PAUSE, server.in_flight))
         server.in_flight += 1
         answer = None
         try:
@@ -112,14 +117,17 @@ class Servers:
                 raise ValueError(self._describe(answer))
             if answer.is_success:
                 result = read(answer.json())
-                self._silent_since, self._answered_at = float("inf"), time.monotonic()
-                server.failed_at = -float("inf")
+                server.answered_at, server.silent_since, server.failed_at = (
+                    time.monotonic(),
+                    float("inf"),
+                    -float("inf"),
+                )
                 return result
         except (httpx2.RequestError, ValueError) as error:
             server.failed_at = time.monotonic()
             reason = f"{server.url} gave no answer that can be used: {str(error) or type(error).__name__}"
-            if self._silent_since > server.failed_at:
-                self._silent_since = server.failed_at
+            if server.silent_since > server.failed_at:
+                server.silent_since = server.failed_at
                 logger.warning(f"{reason}. It is asked again.", main_process_only=False)
             failure = _WrongAnswer if answer is not None and answer.is_success else _Failure
             raise failure(reason) from error
@@ -133,10 +141,14 @@ class Servers:
         return text.replace(self.key, "***") if self.key else text
 
     def _gives_up(self, state: RetryCallState) -> bool:
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, _WrongAnswer) or self._answered_at > state.start_time:
+        error, servers = state.outcome.exception() if state.outcome else None, state.args[0]
+        if isinstance(error, _WrongAnswer) or any(server.answered_at > state.start_time for server in servers):
             return state.attempt_number >= ATTEMPTS
-        return time.monotonic() - self._silent_since > self.patience
+        return self._silence(servers) > self.patience
+
+    def _silence(self, servers: list[_Server]) -> float:
+        """Seconds for which none of them has answered."""
+        return time.monotonic() - max(min(server.silent_since, time.monotonic()) for server in servers)
 
     def _report(self, state: RetryCallState):
         error = state.outcome.exception() if state.outcome else None

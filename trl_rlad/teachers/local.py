@@ -2,8 +2,9 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class LocalTeacher:
         path, adapter, kwargs = self.source, None, self.init_kwargs
         try:
             if find_adapter_config_file(path, **files) is not None:
-                from peft import PeftConfig, PeftModel
+                from peft import PeftConfig
 
                 adapter = PeftConfig.from_pretrained(path, **files)
                 there = {"revision": adapter.revision, "subfolder": ""}
@@ -172,18 +173,26 @@ class LocalTeacher:
             where = {name: kwargs[name] for name in files if name in kwargs}
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
             with self.deepspeed():
-                model = load_whole(path, self.config, kwargs)
                 if adapter is None:
-                    return model
+                    return load_whole(path, self.config, kwargs)
                 with warnings.catch_warnings():
                     warnings.filterwarnings("error", message="Found missing adapter keys")
-                    return PeftModel.from_pretrained(model, self.source, **files).merge_and_unload()
+                    load_base = partial(load_whole, path, self.config, kwargs)
+                    return self.add_adapter(load_base, (path, adapter.revision), files)
         except Exception as error:  # safetensors, PEFT and the tokenizers have their own
             what = "" if Path(self.source).exists() else " There is no such folder."
             raise ValueError(
                 f"`teacher_model={self.source!r}` can't be loaded with `teacher_model_init_kwargs="
                 f"{self.args.teacher_model_init_kwargs}`.{what} {error}"
             ) from error
+
+    def add_adapter(
+        self, load_base: Callable[[], PreTrainedModel], base: tuple[str, str | None], files: dict[str, Any]
+    ) -> PreTrainedModel:
+        """The model of an adapter that is in these files, and of its base, with its name and revision."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(load_base(), str(self.source), **files).merge_and_unload()
 
     def find_image_problem(self, student: ProcessorMixin) -> str | None:
         """Why the teacher can't read the images that the student's processor prepares, or `None` if it can."""

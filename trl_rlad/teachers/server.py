@@ -50,17 +50,17 @@ class ServedTeacher:
         self.servers = Servers(urls, args.teacher_timeout / 2, os.environ.get(KEY))
         lists = [self.servers.submit("/v1/models", read_models, url=url) for url in urls]
         cards = [find_model(each.result(), model, url) for each, url in zip(lists, urls, strict=True)]
-        self.model = cards[0]["id"]
-        if others := {card["id"] for card in cards} - {self.model}:
+        self.model_id = cards[0]["id"]
+        if others := {card["id"] for card in cards} - {self.model_id}:
             raise ValueError(
-                f"The servers {', '.join(urls)} serve different models: {', '.join([self.model, *others])}. URLs in a list are "
+                f"The servers {', '.join(urls)} serve different models: {', '.join([self.model_id, *others])}. URLs in a list are "
                 "of one teacher; for several, pass `teacher_server_urls` as a dictionary of them by name."
             )
         # Less one, as a token is always generated
         self.max_length = min(card.get("max_model_len") or float("inf") for card in cards) - 1
-        root = cards[0].get("root") or self.model
+        root = cards[0].get("root") or self.model_id
         self.name = Path(root).name if Path(root).is_absolute() else root
-        self.tokenizer, self.config = self.find_tokenizer([model, root, cards[0].get("parent"), self.model])
+        self.tokenizer, self.config = self.find_tokenizer([model, root, cards[0].get("parent"), self.model_id])
         self.vocab_size = self.config.get_text_config().vocab_size
         self.shake_hands(urls)
 
@@ -95,7 +95,7 @@ class ServedTeacher:
             if (difference := (logps[url] - logps[urls[0]]).abs().mean().item()) > TOLERANCE:
                 raise ValueError(
                     f"{urls[0]} and {url} score the same tokens {difference:.2g} nats apart on average, so they don't serve the "
-                    f"same model, though both call it {self.model}."
+                    f"same model, though both call it {self.model_id}."
                 )
 
     def submit(self, prompt: torch.Tensor, completion: torch.Tensor, top_k: int = 0, url: str | None = None) -> Future:
@@ -115,7 +115,7 @@ class ServedTeacher:
         """
         ids, top_k = completion.tolist(), min(top_k, self.vocab_size)
         body = {
-            "model": self.model,
+            "model": self.model_id,
             "prompt": prompt.tolist() + ids,
             "prompt_logprobs": top_k,
             "max_tokens": 1,
