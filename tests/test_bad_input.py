@@ -277,7 +277,7 @@ def _(place):
     place.trainer(teacher={"a": place.teacher})
 
 
-@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "Those of `teacher_model` are 'a'")
+@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "They are 'a'")
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(teacher={"a": place.teacher}, dataset=dataset.add_column("teacher_id", ["b"] * len(dataset)))
