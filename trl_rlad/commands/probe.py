@@ -124,10 +124,8 @@ class Probe:
         attributes["compute_loss"] = lambda *_, **__: torch.zeros(())  # the student has nothing to do with it
         with scorer.teacher.placed(), patch.object(trainer.generation_config, "suppress_tokens", beyond or None):
             self._evaluate(num_prompts, **attributes)
-        k, solved = (
-            trainer.num_generations,
-            {r["group"] for r in self.rollouts if r["reward"] > trainer.args.success_reward},
-        )
+        k = trainer.num_generations
+        solved = {each["group"] for each in self.rollouts if each["reward"] > trainer.args.success_reward}
         unsolved = [any(successes[i : i + k]) for i in range(0, len(successes), k) if i // k not in solved]
         return {
             "teacher_accuracy": sum(successes) / len(successes),
