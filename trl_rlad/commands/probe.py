@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None):
     parser = ArgumentParser("trl-rlad probe", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32, help="number of training prompts")
     parser.add_argument(
-        "--output", type=Path, default=Path("probe.json"), help="report, with .png and .parquet beside it"
+        "--output", type=Path, default=Path("outputs", "probe.json"), help="report, with .png and .parquet beside it"
     )
     parser.add_argument("--sample_teacher", action="store_true", help="have the teacher answer the prompts, too")
     parser.add_argument("script", help="a training script")
