@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.cli import main
@@ -142,11 +143,15 @@ def reward(prompts, completion_ids, **kwargs):  # some groups have no signal
 
 
 student, teacher, output_dir = sys.argv[1:]
-args = tiny.make_config(output_dir, per_device_eval_batch_size=6, temperature=0.8, steps_per_generation=2)
-trainer = RLADTrainer(student, reward, args, tiny.make_dataset(), teacher_model=teacher)
+served = {"teacher_server_urls": teacher} if teacher.startswith("http") else {}
+temperature = 1.0 if served else 0.8
+args = tiny.make_config(
+    output_dir, per_device_eval_batch_size=6, temperature=temperature, steps_per_generation=2, **served
+)
+trainer = RLADTrainer(student, reward, args, tiny.make_dataset(), teacher_model=None if served else teacher)
 trainer.generation_config.update(temperature=0.01)
 print("before", trainer.evaluate()["eval_reward"])
-trainer.generation_config.update(temperature=0.8)
+trainer.generation_config.update(temperature=temperature)
 trainer.train()
 raise AssertionError("it has trained")
 """
@@ -212,6 +217,16 @@ def test_the_student_as_its_own_teacher(probe, student_path):
     for name in ("discrimination", "prefers_rewarded", "prefers_punished"):
         assert figures[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert abs(figures["gap"]["value"]) < 1e-5 and figures["advice"]["in the loss"] == "GRPO"
+
+
+def test_a_served_teacher(probe, student_path):
+    with TeacherServer(student_path) as server:
+        _, figures = probe(student_path, server.url)
+        with pytest.raises(SystemExit, match="sample_teacher"):
+            probe(student_path, server.url, options=["--sample_teacher"])
+    # Every token of the student's own model, scored over there
+    assert abs(figures["gap"]["value"]) < 1e-5 and figures["tokens_without_say"] == 0
+    assert figures["discrimination"]["value"] == 0.5
 
 
 def test_another_tokenizer_is_refused(probe, student_path, tmp_path):

@@ -124,10 +124,8 @@ class Probe:
         attributes["compute_loss"] = lambda *_, **__: torch.zeros(())  # the student has nothing to do with it
         with scorer.teacher.placed(), patch.object(trainer.generation_config, "suppress_tokens", beyond or None):
             self._evaluate(num_prompts, **attributes)
-        k, solved = (
-            trainer.num_generations,
-            {r["group"] for r in self.rollouts if r["reward"] > trainer.args.success_reward},
-        )
+        k = trainer.num_generations
+        solved = {each["group"] for each in self.rollouts if each["reward"] > trainer.args.success_reward}
         unsolved = [any(successes[i : i + k]) for i in range(0, len(successes), k) if i // k not in solved]
         return {
             "teacher_accuracy": sum(successes) / len(successes),
@@ -315,7 +313,7 @@ def main(arguments: list[str] | None = None):
     parser = ArgumentParser("trl-rlad probe", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32, help="number of training prompts")
     parser.add_argument(
-        "--output", type=Path, default=Path("probe.json"), help="report, with .png and .parquet beside it"
+        "--output", type=Path, default=Path("outputs", "probe.json"), help="report, with .png and .parquet beside it"
     )
     parser.add_argument("--sample_teacher", action="store_true", help="have the teacher answer the prompts, too")
     parser.add_argument("script", help="a training script")
