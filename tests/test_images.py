@@ -145,7 +145,8 @@ def test_scores_of_rows_with_images_equal_plain_forward_passes(teacher, tmp_path
         completion_ids = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
         scores = batch["teacher_per_token_logps"][i, : len(completion_ids)]
         expected = score_plainly(path, row, prompt_ids, completion_ids)
-        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+        # Some CPUs round a padded batch otherwise by 3e-5; another image moves them by hundredths and more
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_of_a_vision_language_model_as_teacher(tmp_path, student_path, teacher_path):
