@@ -26,16 +26,8 @@ from reasoning_tasks import load_task  # noqa: E402
 TASK = ["--task", "knights_knaves", "--task_kwargs", '{"n_people": 2}', "--eval_size", 4, "--seed", 0]
 SETTINGS = [*TASK, "--train_size", 16, "--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 8]
 SETTINGS += ["--num_generations", 4, "--num_generations_eval", 1, "--max_completion_length", 40, "--logging_steps", 1]
-SETTINGS += [
-    "--dtype",
-    "bfloat16",
-    "--learning_rate",
-    1e-5,
-    "--report_to",
-    "none",
-    "--gradient_checkpointing",
-    "false",
-]
+SETTINGS += ["--dtype", "bfloat16", "--learning_rate", 1e-5, "--report_to", "none"]
+SETTINGS += ["--gradient_checkpointing", "false"]
 FOUR_BIT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "dtype": "bfloat16"}
 
 
