@@ -58,7 +58,8 @@ class ScriptArguments:
         report_steps (`int`, *optional*):
             Measure the accuracy every so many steps of training too, into the log.
         teacher_model_name_or_path (`str`, *optional*):
-            Name or path of the teacher. Not needed with `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio`.
+            Name or path of the teacher. Not needed with `teacher_server_urls`, or with `alpha=1.0` and no `teacher_kl_coef`
+            or `distillation_ratio`.
         teacher_samples (`int`, *optional*, defaults to `0`):
             Number of times that the teacher answers each training puzzle first, so that it has a say only where it is
             right, and as much as it is right: see [`~sampling.add_teacher_weight`]. The main process samples, into
@@ -222,6 +223,10 @@ def main():
         raise ValueError(f"`--task {script_args.task}` needs a student: name it with `--model_name_or_path`.")
     if args.reward_weights is not None:
         raise ValueError("`--reward_weights` has no meaning here: the reward is the task's own, and there is one.")
+    if script_args.teacher_samples > 0 and args.needs_teacher and teacher is None:
+        raise ValueError(
+            "`--teacher_samples` samples the teacher here: name it with `--teacher_model_name_or_path` too."
+        )
     checkpoint = find_checkpoint(args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,

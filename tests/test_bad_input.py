@@ -277,7 +277,7 @@ def _(place):
     place.trainer(teacher={"a": place.teacher})
 
 
-@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "Those of `teacher_model` are 'a'")
+@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "They are 'a'")
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(teacher={"a": place.teacher}, dataset=dataset.add_column("teacher_id", ["b"] * len(dataset)))
@@ -415,6 +415,14 @@ def _(place):
 @refused("`rlad_grpo.py`", "a task without a student", "`--model_name_or_path`")
 def _(place):
     place.run(rlad_grpo, "--task", "chain_sum")
+
+
+@refused(
+    "`rlad_grpo.py`", "`--teacher_samples 4` of a teacher behind a URL alone", "`--teacher_model_name_or_path` too"
+)
+def _(place):
+    arguments = "--task chain_sum --teacher_samples 4 --teacher_server_urls http://localhost:1".split()
+    place.run(rlad_grpo, *arguments, "--model_name_or_path", place.student)
 
 
 @refused("`rlad_grpo.py`", "`--task chainsum`", "chain_sum")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import matplotlib
-import pytest
 import tiny
 
 
@@ -15,7 +14,6 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.mark.slow
 def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.cli import main
@@ -137,12 +138,20 @@ import sys
 import tiny
 from trl_rlad import RLADTrainer
 
+def reward(prompts, completion_ids, **kwargs):  # some groups have no signal
+    return [0.0 if "w5" in prompt else value for prompt, value in zip(prompts, tiny.reward(completion_ids))]
+
+
 student, teacher, output_dir = sys.argv[1:]
-args = tiny.make_config(output_dir, per_device_eval_batch_size=6, temperature=0.8)
-trainer = RLADTrainer(student, tiny.reward, args, tiny.make_dataset(), teacher_model=teacher)
+served = {"teacher_server_urls": teacher} if teacher.startswith("http") else {}
+temperature = 1.0 if served else 0.8
+args = tiny.make_config(
+    output_dir, per_device_eval_batch_size=6, temperature=temperature, steps_per_generation=2, **served
+)
+trainer = RLADTrainer(student, reward, args, tiny.make_dataset(), teacher_model=None if served else teacher)
 trainer.generation_config.update(temperature=0.01)
 print("before", trainer.evaluate()["eval_reward"])
-trainer.generation_config.update(temperature=0.8)
+trainer.generation_config.update(temperature=temperature)
 trainer.train()
 raise AssertionError("it has trained")
 """
@@ -190,14 +199,16 @@ def test_command(probe, student_path, teacher_path, tmp_path):
     # Every token is read, whatever its advantage, by the models themselves
     student, teacher = map(AutoModelForCausalLM.from_pretrained, (student_path, teacher_path))
     tokenizer = AutoTokenizer.from_pretrained(student_path)
-    for rollout in rollouts[:8]:
+    assert {rollout["advantage"] == 0.0 for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
         prompt = tokenizer(rollout["prompt"])["input_ids"]
         ids = torch.tensor([prompt + rollout["ids"]])
         for name, model in (("logps", student), ("teacher_logps", teacher)):
             logps = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
             assert rollout[name] == pytest.approx(logps[range(len(logps)), rollout["ids"]].tolist(), abs=1e-4)
         assert rollout["top1"] == (logps.argmax(-1) == torch.tensor(rollout["ids"])).tolist()
-        assert rollout["reward"] == pytest.approx(tiny.reward([rollout["ids"]])[0])
+        expected = 0.0 if "w5" in rollout["prompt"] else tiny.reward([rollout["ids"]])[0]
+        assert rollout["reward"] == pytest.approx(expected)
     assert 0.0 <= figures["teacher_accuracy"] <= 1.0 and figures["seconds"]["scoring"] > 0.0
 
 
@@ -206,6 +217,16 @@ def test_the_student_as_its_own_teacher(probe, student_path):
     for name in ("discrimination", "prefers_rewarded", "prefers_punished"):
         assert figures[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert abs(figures["gap"]["value"]) < 1e-5 and figures["advice"]["in the loss"] == "GRPO"
+
+
+def test_a_served_teacher(probe, student_path):
+    with TeacherServer(student_path) as server:
+        _, figures = probe(student_path, server.url)
+        with pytest.raises(SystemExit, match="sample_teacher"):
+            probe(student_path, server.url, options=["--sample_teacher"])
+    # Every token of the student's own model, scored over there
+    assert abs(figures["gap"]["value"]) < 1e-5 and figures["tokens_without_say"] == 0
+    assert figures["discrimination"]["value"] == 0.5
 
 
 def test_another_tokenizer_is_refused(probe, student_path, tmp_path):

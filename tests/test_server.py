@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import traceback
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -112,9 +113,17 @@ def test_the_key_is_told_to_nobody(code, serve, tmp_path, caplog):
     server.fault, caplog.handler.level = echo_key(code), logging.DEBUG
     with caplog.at_level(logging.DEBUG), pytest.raises((ServerError, ValueError)) as caught:
         scorer.score(batch, batch["completion_mask"])
-    errors = [caught.value, caught.value.__cause__, getattr(caught.value.__cause__, "__cause__", None)]
     assert "not with Bearer ***" in str(caught.value)
-    assert "open-sesame" not in "".join(map(repr, errors)) + caplog.text
+    assert "open-sesame" not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+def test_an_answer_with_the_key_in_it(serve, tmp_path):
+    server = serve()
+    server.fault = lambda handler, answer: handler.reply(200, b'{"data": "open-sesame"}')
+    with pytest.raises(ServerError) as caught:
+        ServedTeacher([server.url], None, make_args(tmp_path, server.url))
+    text = "".join(traceback.format_exception(caught.value))
+    assert "it lists no models" in text and "open-sesame" not in text
 
 
 def test_servers_share_the_load_and_stand_in_for_each_other(serve, teacher_path, tmp_path):

@@ -1,5 +1,7 @@
 """The divergence from the teacher: on exact distributions, in the trainer's loss, and on the rows it is for."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -8,7 +10,7 @@ from test_loss import BETA, B, make_batch, make_logps
 from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer
-from trl_rlad.teacher_kl import forward_kl, reverse_kl
+from trl_rlad.teacher_kl import forward_kl, named_entropy, reverse_kl
 
 
 @pytest.mark.parametrize(
@@ -313,3 +315,9 @@ def test_where_the_student_never_goes_only_a_named_token_pulls():
     (graded,) = torch.autograd.grad(reverse_kl(log_probs[0], teacher[0], None), logits, retain_graph=True)
     (named,) = torch.autograd.grad(forward_kl(log_probs[2:], teacher[2:]), logits)
     assert abs(graded[2]) < 1e-5 < 0.89 < -named[2]
+
+
+def test_entropy_of_the_named_tokens():
+    named = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.5, 0.0]]).log()  # the rest: 0.25, 0 and, as one is at -inf, 0.5
+    # 0.5 log 2 + 2 * 0.25 log 4 = 1.5 log 2
+    assert named_entropy(named).tolist() == pytest.approx([1.5 * math.log(2), 0.0, math.log(2)], abs=1e-6)

@@ -132,7 +132,7 @@ def test_batch_keys():
 
 @pytest.mark.parametrize(
     "attribute",
-    ["_metrics", "reward_weights", "reward_func_names", "num_generations_eval", "_tokenizer", "_is_vlm", "eos_token_ids", "epsilon_low", "epsilon_high", "importance_sampling_level", "temperature", "_buffered_inputs", "_step", "_entropy_bonus_enabled", "aux_loss_enabled", "top_entropy_quantile", "pad_to_multiple_of"],
+    ["_metrics", "_logs", "reward_weights", "reward_func_names", "num_generations_eval", "_tokenizer", "_is_vlm", "eos_token_ids", "epsilon_low", "epsilon_high", "importance_sampling_level", "temperature", "_buffered_inputs", "_step", "_entropy_bonus_enabled", "aux_loss_enabled", "top_entropy_quantile", "pad_to_multiple_of"],
 )  # fmt: skip
 def test_attributes_of_the_trainer(attribute):
     assert re.search(rf"\bself\.{attribute}\b( =|,)", SOURCE)

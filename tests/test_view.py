@@ -83,12 +83,12 @@ def test_whatever_a_run_says_is_only_text():
 
 
 def test_the_most_changed_groups_come_first_and_fill_the_page():
-    # |advantage| * min(|gap|, 1): 0.5, 1 (bounded), 0 and 0.3
-    rows = [("a", 0.5, 1.0), ("b", 7.0, 1.0), ("c", 9.0, 0.0), ("d", 0.1, -3.0)]
+    # |advantage| * min(|gap|, 1): 0.4 (bounded), 0, 0.3 and 0.5
+    rows = [("a", 7.0, 0.4), ("b", 9.0, 0.0), ("c", 0.1, -3.0), ("d", 0.5, 1.0)]
     records = [record(text, gap, advantage, group=i) for i, (text, gap, advantage) in enumerate(rows)]
-    assert list(Page(render([("run", records, [])])).tokens) == ["b", "a", "d", "c"]
+    assert list(Page(render([("run", records, [])])).tokens) == ["d", "a", "c", "b"]
     page = Page(render([("run", records, [])], max_tokens=2))
-    assert list(page.tokens) == ["b", "a"] and "2 of 4 groups" in page.text
+    assert list(page.tokens) == ["d", "a"] and "2 of 4 groups" in page.text
 
 
 def test_curves_add_up_and_seeds_make_a_band():

@@ -102,10 +102,12 @@ def test_scores_are_the_local_ones(top_k, ready, teacher_path, tmp_path):
 @pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
 def test_three_steps_are_those_of_a_local_teacher(mode, ready, student_path, teacher_path, tmp_path):
     local = train(student_path, teacher_path, tiny.make_dataset(), tmp_path, **mode)
-    urls = [server.url for server in ready]
+    urls, before = [server.url for server in ready], [server.count_requests() for server in ready]
     served = train(student_path, None, tiny.make_dataset(), tmp_path, teacher_server_urls=urls, **mode)
     for ours, theirs in zip(local.model.parameters(), served.model.parameters(), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    # Two for the handshake, and a share of what was to be scored
+    assert all(server.count_requests() - count > 5 for server, count in zip(ready, before, strict=True))
 
 
 def test_the_main_job(servers, tmp_path):

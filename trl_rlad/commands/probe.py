@@ -124,10 +124,8 @@ class Probe:
         attributes["compute_loss"] = lambda *_, **__: torch.zeros(())  # the student has nothing to do with it
         with scorer.teacher.placed(), patch.object(trainer.generation_config, "suppress_tokens", beyond or None):
             self._evaluate(num_prompts, **attributes)
-        k, solved = (
-            trainer.num_generations,
-            {r["group"] for r in self.rollouts if r["reward"] > trainer.args.success_reward},
-        )
+        k = trainer.num_generations
+        solved = {each["group"] for each in self.rollouts if each["reward"] > trainer.args.success_reward}
         unsolved = [any(successes[i : i + k]) for i in range(0, len(successes), k) if i // k not in solved]
         return {
             "teacher_accuracy": sum(successes) / len(successes),
@@ -298,11 +296,10 @@ def print_report(figures: dict):
     quantiles = ", ".join(f"{q}%: {value:+z.2f}" for q, value in figures["gap_quantiles"].items())
     console.print(f"Quantiles of the gap: {quantiles}", highlight=False)
     if "teacher_accuracy" in figures:
-        console.print(
-            f"The teacher's own completions of these prompts: {figures['teacher_accuracy']:.0%} succeed; it answers "
-            f"{figures['teacher_rescues']:.0%} of the prompts on which the student fails throughout",
-            highlight=False,
-        )
+        text = f"The teacher's own completions of these prompts: {figures['teacher_accuracy']:.0%} succeed"
+        if figures["teacher_rescues"] >= 0.0:  # not NaN
+            text += f"; it answers {figures['teacher_rescues']:.0%} of those on which the student fails throughout"
+        console.print(text, highlight=False)
     seconds, memory = figures["seconds"], figures["device_memory_gib"]
     costs = f"{seconds['scoring']:.1f} s of scoring beside {seconds['generation']:.1f} s of generation"
     if memory:
@@ -316,7 +313,7 @@ def main(arguments: list[str] | None = None):
     parser = ArgumentParser("trl-rlad probe", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32, help="number of training prompts")
     parser.add_argument(
-        "--output", type=Path, default=Path("probe.json"), help="report, with .png and .parquet beside it"
+        "--output", type=Path, default=Path("outputs", "probe.json"), help="report, with .png and .parquet beside it"
     )
     parser.add_argument("--sample_teacher", action="store_true", help="have the teacher answer the prompts, too")
     parser.add_argument("script", help="a training script")

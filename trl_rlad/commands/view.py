@@ -37,7 +37,7 @@ def read_run(run: str) -> tuple[str, list[dict], list[dict]]:
 def main(arguments: list[str] | None = None):
     parser = ArgumentParser("trl-rlad view", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder, or NAME=FOLDER")
-    parser.add_argument("--output", type=Path, default=Path("view.html"), help="where the page goes")
+    parser.add_argument("--output", type=Path, default=Path("outputs", "view.html"), help="where the page goes")
     parser.add_argument("--step", type=int, help="show only the rollouts of this step")
     parser.add_argument("--tokens", type=int, default=20_000, help="show groups until they have this many tokens")
     args = parser.parse_args(arguments)

@@ -114,30 +114,27 @@ class Servers:
         try:
             answer = await self._client.request("GET" if body is None else "POST", server.url + path, json=body)
             if answer.status_code in (408, 429) or answer.status_code >= 500:
-                raise ValueError(self._describe(answer))
+                raise ValueError(describe(answer))
             if answer.is_success:
                 result = read(answer.json())
-                server.answered_at, server.silent_since, server.failed_at = (
-                    time.monotonic(),
-                    float("inf"),
-                    -float("inf"),
-                )
+                server.answered_at = time.monotonic()
+                server.silent_since, server.failed_at = float("inf"), -float("inf")
                 return result
         except (httpx2.RequestError, ValueError) as error:
             server.failed_at = time.monotonic()
-            reason = f"{server.url} gave no answer that can be used: {str(error) or type(error).__name__}"
+            reason = str(error) or type(error).__name__
+            reason = self._without_key(f"{server.url} gave no answer that can be used: {reason}")
             if server.silent_since > server.failed_at:
                 server.silent_since = server.failed_at
                 logger.warning(f"{reason}. It is asked again.", main_process_only=False)
             failure = _WrongAnswer if answer is not None and answer.is_success else _Failure
-            raise failure(reason) from error
+            raise failure(reason) from None  # it might quote the key
         finally:
             server.in_flight -= 1
         # What isn't accepted once won't be accepted later
-        raise ValueError(f"{server.url}{path} doesn't accept the request: {self._describe(answer)}")
+        raise ValueError(self._without_key(f"{server.url}{path} doesn't accept the request: {describe(answer)}"))
 
-    def _describe(self, answer):
-        text = f"status {answer.status_code}, {answer.text[:300]!r}"
+    def _without_key(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
 
     def _gives_up(self, state: RetryCallState) -> bool:
@@ -155,3 +152,8 @@ class Servers:
         raise ServerError(
             f"{error} (attempt {state.attempt_number}, after {state.seconds_since_start:.0f} s)"
         ) from error
+
+
+def describe(answer: httpx2.Response) -> str:
+    """What to say of an answer that is no success."""
+    return f"status {answer.status_code}, {answer.text[:300]!r}"

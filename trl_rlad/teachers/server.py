@@ -142,10 +142,12 @@ class ServedTeacher:
 def read_models(answer: Any) -> list[dict[str, Any]]:
     """The models that a server lists. Raises a `ValueError` if it lists none."""
     try:
-        cards = answer["data"]
-        return [cards[0], *(card for card in cards[1:] if card["id"])]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"it lists no models, but {str(answer)[:200]}") from error
+        cards = [card for card in answer["data"] if card["id"]]
+    except (KeyError, TypeError):
+        cards = []
+    if not cards:
+        raise ValueError(f"it lists no models, but {str(answer)[:200]}")
+    return cards
 
 
 def find_model(cards: list[dict[str, Any]], model: str | None, url: str) -> dict[str, Any]:
