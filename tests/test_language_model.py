@@ -47,13 +47,13 @@ def base():
 def tuned(base, tmp_path_factory):
     """The same, after a few steps on right answers: it has learned the format, and not the puzzles."""
     folder = tmp_path_factory.mktemp("tuned")
-    puzzles, _, _ = load_task("knights_knaves", 24, 4, 0, {"n_people": 2})
+    puzzles, _, _ = load_task("knights_knaves", 12, 4, 0, {"n_people": 2})
     rows = [
         {"prompt": row["prompt"], "completion": f"<think>I try.</think><answer>{write(row['answer'])}</answer>"}
         for row in puzzles
     ]
     model = language_model.load(base)
-    args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 6, 4))
+    args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 4, 3))
     optimizers = (language_model.make_optimizer(model, 2e-4), None)
     trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
     trainer.train()
