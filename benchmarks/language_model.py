@@ -343,7 +343,8 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
     lines = [
         "# A pretrained language model",
         "",
-        f"`{command}` on {results[-1]['date']}, {results[-1]['device']}, {packages}: SmolLM2-135M-Instruct, sums of two or three",
+        f"`{command}` on {results[-1]['date']}, {results[-1]['device']}, {packages}:",
+        "SmolLM2-135M-Instruct, sums of two or three",
         f"numbers of one or two digits, {plan['steps']} steps of {plan['rollouts']} rollouts of at most {MAX_COMPLETION_LENGTH} tokens,",
         f"{plan['puzzles']} held-out sums with {k} samples of each at temperature 1. In percent, mean of the seeds, and the 95% interval of",
         "a bootstrap over the sums: it says nothing about how much seeds differ, which the column *seeds* shows (Mean@k of each).",
