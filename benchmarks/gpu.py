@@ -187,16 +187,8 @@ def main():
     folder, start = args.output_dir.absolute(), time.perf_counter()
     if args.wheels:
         pins = [line for line in (ROOT / "constraints.txt").read_text().split() if line.split("==")[0] in WHEELS]
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--dest",
-            str(ROOT / "outputs" / "wheels"),
-            *pins,
-        ]
+        folder = str(ROOT / "outputs" / "wheels")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *pins]
         subprocess.run(command, check=True)
         return
     (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -204,9 +196,7 @@ def main():
         (folder / "parts" / f"{args.part}.json").write_text(json.dumps(OWN[args.part](False)))
         return
     if not args.tiny and not torch.cuda.is_available():
-        raise SystemExit(
-            "There is no GPU here, and no other figures belong in its results. `--tiny` shows that it runs."
-        )
+        raise SystemExit("There is no GPU here, and no other figures belong in its results. `--tiny` shows it runs.")
     for name, (seconds, command, tiny) in PARTS.items():
         left, path = LIMIT - (time.perf_counter() - start), folder / f"{name}.json"
         if path.exists() or left < 20 or (command := tiny if args.tiny else command) is None:

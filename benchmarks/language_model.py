@@ -9,9 +9,9 @@ read as `bfloat16`). The task is reasoning-gym's `chain_sum`, through the model'
 `SFTTrainer` on worked solutions in several phrasings makes both models: the *student* is where it stood after a few steps, the
 *teacher* where it ends.
 
-All methods have the same number of steps and rollouts, and a constant learning rate, chosen for each among the same rates by
-one shorter run with seed 0. Each run adds one line to `language_model.jsonl` in the output folder, from which the study goes on
-if it is interrupted.
+All methods have the same number of steps and rollouts, and a constant learning rate: where the preset has several, it is chosen
+for each method among them by one shorter run with seed 0. Each run adds one line to `language_model.jsonl` in the output folder,
+from which the study goes on if it is interrupted.
 """
 
 import argparse
@@ -64,12 +64,12 @@ METHODS = {
 SFT_RATE = 1e-4
 PRESETS = {
     "cpu": {"sft_rows": 1152, "sft_batch": 16, "student_steps": 24, "rollouts": 32, "steps": 12, "sweep_steps": 4}
-    | {"rates": (2e-5, 5e-5), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2},
+    | {"rates": (5e-5,), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2},
     "gpu": {"sft_rows": 12800, "sft_batch": 32, "student_steps": 24, "rollouts": 128, "steps": 60, "sweep_steps": 20}
     | {"rates": (1e-5, 2e-5, 5e-5), "seeds": (1, 2, 3, 4, 5), "puzzles": 256, "samples": 16, "processes": 1},
     # Shows that it runs
     "tiny": {"sft_rows": 4, "sft_batch": 2, "student_steps": 1, "rollouts": 8, "steps": 1, "sweep_steps": 1}
-    | {"rates": (1e-5,), "seeds": (1,), "puzzles": 2, "samples": 1, "processes": 1},
+    | {"rates": (1e-5, 2e-5), "seeds": (1,), "puzzles": 2, "samples": 1, "processes": 1},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -283,17 +283,17 @@ def study(plan: dict, base: Path, folder: Path) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     prepare(plan, base, folder)
     jobs = [{"model": name} for name in ("student", "teacher")]
-    jobs += [
+    sweep = [
         {"method": method, "rate": rate, "seed": 0, "steps": plan["sweep_steps"]}
         for rate, method in product(plan["rates"], METHODS)
+        if len(plan["rates"]) > 1
     ]
-    swept = [result for result in run_missing(jobs, plan, folder) if result.get("seed") == 0]
-    rates = {
-        method: max((sum(each["correct"]), each["rate"]) for each in swept if each["method"] == method)[1]
-        for method in METHODS
-    }
+    rates = dict.fromkeys(METHODS, (-1, plan["rates"][0]))  # of each method, its best, with the right answers
+    for result in run_missing(jobs + sweep, plan, folder):
+        if sweep and result.get("seed") == 0:
+            rates[result["method"]] = max(rates[result["method"]], (sum(result["correct"]), result["rate"]))
     jobs = [
-        {"method": method, "rate": rates[method], "seed": seed, "steps": plan["steps"]}
+        {"method": method, "rate": rates[method][1], "seed": seed, "steps": plan["steps"]}
         for seed, method in product(plan["seeds"], METHODS)
     ]
     return run_missing(jobs, plan, folder)
@@ -343,7 +343,8 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
     lines = [
         "# A pretrained language model",
         "",
-        f"`{command}` on {results[-1]['date']}, {results[-1]['device']}, {packages}: SmolLM2-135M-Instruct, sums of two or three",
+        f"`{command}` on {results[-1]['date']}, {results[-1]['device']}, {packages}:",
+        "SmolLM2-135M-Instruct, sums of two or three",
         f"numbers of one or two digits, {plan['steps']} steps of {plan['rollouts']} rollouts of at most {MAX_COMPLETION_LENGTH} tokens,",
         f"{plan['puzzles']} held-out sums with {k} samples of each at temperature 1. In percent, mean of the seeds, and the 95% interval of",
         "a bootstrap over the sums: it says nothing about how much seeds differ, which the column *seeds* shows (Mean@k of each).",
@@ -361,28 +362,17 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
             pairs = [[finals[name][seed] for seed in both] for name in (method, "GRPO")]
             gains = [score(pairs[0], k, each, pairs[1]) for each in (1, k)]
         means = " ".join(f"{100 * mean(run['correct']) / k:.1f}" for run in runs)
-        phases = [
-            f"{mean(run['seconds_per_step'][name] for run in runs):.1f}" for name in ("generate", "score", "update")
-        ]
-        cells = [
-            f"{runs[0]['rate']:g}",
-            score(runs, k, 1),
-            means,
-            gains[0],
-            score(runs, k, k),
-            gains[1],
-            " / ".join(phases),
-        ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    lines += ["", f"The rates were chosen by Mean@{k} with seed 0 after {plan['sweep_steps']} steps:", ""]
-    lines += [
-        "| | " + " | ".join(f"{rate:g}" for rate in plan["rates"]) + " |",
-        "|---" * (len(plan["rates"]) + 1) + "|",
-    ]
-    for method in METHODS:
-        runs = {r["rate"]: r for r in results if r.get("method") == method and r["seed"] == 0}
-        cells = [f"{100 * mean(runs[rate]['correct']) / k:.1f}" if rate in runs else "-" for rate in plan["rates"]]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        seconds = [mean(run["seconds_per_step"][name] for run in runs) for name in ("generate", "score", "update")]
+        cells = [f"{runs[0]['rate']:g}", score(runs, k, 1), means, gains[0], score(runs, k, k), gains[1]]
+        lines.append(f"| {method} | {' | '.join(cells)} | {' / '.join(f'{each:.1f}' for each in seconds)} |")
+    if len(plan["rates"]) > 1:
+        lines += ["", f"The rates were chosen by Mean@{k} with seed 0 after {plan['sweep_steps']} steps:", ""]
+        lines.append(f"| | {' | '.join(map('{:g}'.format, plan['rates']))} |")
+        lines.append("|---" * (len(plan["rates"]) + 1) + "|")
+        for method in METHODS:
+            runs = {r["rate"]: r for r in results if r.get("method") == method and r["seed"] == 0}
+            cells = [f"{100 * mean(runs[rate]['correct']) / k:.1f}" if rate in runs else "-" for rate in plan["rates"]]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
     path.write_text("\n".join(lines) + "\n")
 
     plt.figure(figsize=(7, 4), layout="constrained")
@@ -404,9 +394,7 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="how much of everything")
-    parser.add_argument(
-        "--output_dir", type=Path, default=ROOT / "outputs" / "language_model", help="where it all goes"
-    )
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs/language_model", help="where it all goes")
     parser.add_argument("--report", action="store_true", help="write the table from the runs that are there")
     args = parser.parse_args()
     plan, folder = PRESETS[args.preset], args.output_dir / args.preset

@@ -169,13 +169,17 @@ def load_data(args: ScriptArguments, seed: int):
 
 
 class AccuracyReport(TrainerCallback):
-    """Logs the accuracy on held-out puzzles every so many steps."""
+    """Measures the accuracy on held-out puzzles when training begins, and logs it every so many steps."""
 
-    def __init__(self, trainer: RLADTrainer, eval_dataset: Dataset, steps: int):
+    def __init__(self, trainer: RLADTrainer, eval_dataset: Dataset, steps: int | None):
         self.trainer, self.eval_dataset, self.steps = trainer, eval_dataset, steps
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Not before: under DeepSpeed, a trainer that has evaluated can't train
+        self.before = measure(self.trainer, self.eval_dataset)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps == 0:
+        if self.steps is not None and state.global_step % self.steps == 0:
             plan = copy(control)  # an evaluation takes what was to be done after this step for done
             scores = measure(self.trainer, self.eval_dataset)
             self.trainer.log({f"accuracy/{difficulty}": values for difficulty, values in scores.items()})
@@ -265,15 +269,13 @@ def main():
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RewardBar)
 
-    if script_args.report_steps is not None:
-        trainer.add_callback(AccuracyReport(trainer, eval_dataset, script_args.report_steps))
-
-    before = measure(trainer, eval_dataset)
+    report = AccuracyReport(trainer, eval_dataset, script_args.report_steps)
+    trainer.add_callback(report)
     trainer.train(resume_from_checkpoint=checkpoint)
     after = measure(trainer, eval_dataset)
     if trainer.is_world_process_zero():
         print(f"Accuracy on {len(eval_dataset)} held-out puzzles:")
-        for difficulty, scores in before.items():
+        for difficulty, scores in report.before.items():
             for name, score in scores.items():
                 print(f"  {difficulty or script_args.task:>8}  {name}  {score:6.1%} -> {after[difficulty][name]:6.1%}")
         logs = [log for log in trainer.state.log_history if "reward" in log]

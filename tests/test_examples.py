@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -63,8 +64,15 @@ def test_the_miniature_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    stdout = run(TORCHRUN, "--max_steps", 3, "--output_dir", tmp_path, "--per_device_train_batch_size", 16)
+@pytest.mark.parametrize("config", [None, "zero2", "zero3"])
+def test_two_processes(config, tmp_path):
+    launcher = TORCHRUN
+    if config is not None:
+        settings = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / f"{config}.yaml").read_text())
+        settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+        (tmp_path / "config.yaml").write_text(yaml.dump(settings))
+        launcher = [*ACCELERATE, "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", "0"]
+    stdout = run(launcher, "--max_steps", 3, "--output_dir", tmp_path, "--per_device_train_batch_size", 16)
     assert len(scores(stdout)) == 3
 
 

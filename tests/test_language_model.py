@@ -26,16 +26,8 @@ from reasoning_tasks import load_task  # noqa: E402
 TASK = ["--task", "knights_knaves", "--task_kwargs", '{"n_people": 2}', "--eval_size", 4, "--seed", 0]
 SETTINGS = [*TASK, "--train_size", 16, "--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 8]
 SETTINGS += ["--num_generations", 4, "--num_generations_eval", 1, "--max_completion_length", 40, "--logging_steps", 1]
-SETTINGS += [
-    "--dtype",
-    "bfloat16",
-    "--learning_rate",
-    1e-5,
-    "--report_to",
-    "none",
-    "--gradient_checkpointing",
-    "false",
-]
+SETTINGS += ["--dtype", "bfloat16", "--learning_rate", 1e-5, "--report_to", "none"]
+SETTINGS += ["--gradient_checkpointing", "false"]
 FOUR_BIT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "dtype": "bfloat16"}
 
 
@@ -55,13 +47,13 @@ def base():
 def tuned(base, tmp_path_factory):
     """The same, after a few steps on right answers: it has learned the format, and not the puzzles."""
     folder = tmp_path_factory.mktemp("tuned")
-    puzzles, _, _ = load_task("knights_knaves", 24, 4, 0, {"n_people": 2})
+    puzzles, _, _ = load_task("knights_knaves", 12, 4, 0, {"n_people": 2})
     rows = [
         {"prompt": row["prompt"], "completion": f"<think>I try.</think><answer>{write(row['answer'])}</answer>"}
         for row in puzzles
     ]
     model = language_model.load(base)
-    args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 6, 4))
+    args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 4, 3))
     optimizers = (language_model.make_optimizer(model, 2e-4), None)
     trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
     trainer.train()
