@@ -72,29 +72,13 @@ class RoutedScorer:
             for name, part in merged.items()
         }
 
-    def begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        masks: Sequence[Sequence[int]],
-        top_k: int = 0,
-        *,
-        teacher_index: torch.Tensor,
-    ):
+    def begin(self, prompts, completions, masks, top_k=0, *, teacher_index: torch.Tensor):
         """As [`TeacherScorer.begin`], each row for the teacher whose number it has in `teacher_index`."""
         for scorer, rows in self._rows_of_each(teacher_index, prompts, completions, masks):
             scorer.begin(*rows, top_k)
 
     @contextmanager
-    def ahead(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        masks: Sequence[Sequence[int]],
-        top_k: int = 0,
-        *,
-        teacher_index: torch.Tensor,
-    ) -> Iterator[None]:
+    def ahead(self, prompts, completions, masks, top_k=0, *, teacher_index: torch.Tensor) -> Iterator[None]:
         """As [`TeacherScorer.ahead`], each row by the teacher whose number it has in `teacher_index`."""
         with ExitStack() as stack:
             for scorer, rows in self._rows_of_each(teacher_index, prompts, completions, masks):
