@@ -72,7 +72,8 @@ def test_two_processes(config, tmp_path):
         settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
         (tmp_path / "config.yaml").write_text(yaml.dump(settings))
         launcher = [*ACCELERATE, "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", "0"]
-    stdout = run(launcher, "--max_steps", 3, "--output_dir", tmp_path, "--per_device_train_batch_size", 16)
+    arguments = ["--use_cpu", "true", "--max_steps", 3, "--per_device_train_batch_size", 16]
+    stdout = run(launcher, *arguments, "--output_dir", tmp_path)
     assert len(scores(stdout)) == 3
 
 

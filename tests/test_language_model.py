@@ -121,7 +121,7 @@ def test_zero3_in_two_processes(base, tuned, tmp_path):
     settings = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / "zero3.yaml").read_text())
     (tmp_path / "zero3.yaml").write_text(yaml.dump(settings | {"num_processes": 2, "use_cpu": True}))
     launcher = ["--config_file", tmp_path / "zero3.yaml", "--main_process_port", "0"]
-    small = ["--per_device_train_batch_size", 4, "--max_completion_length", 8, "--max_steps", 1, "--bf16", "true"]
+    small = ["--per_device_train_batch_size", 4, "--max_steps", 1, "--bf16", "true"]
     train(tuned, base, tmp_path / "out", *small, launcher=launcher)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(base).num_parameters()
