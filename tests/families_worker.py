@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import families
 
 from trl_rlad import RLADConfig, TeacherScorer
-from trl_rlad.teachers import LocalTeacher, create_teacher
-from trl_rlad.teachers.local import active_deepspeed_config
+from trl_rlad.teachers import create_teacher, local
 
 
 def main(output_dir):
     torch.set_num_threads(1)
-    LocalTeacher.load_processing_class = lambda *_: None  # the rows are of token ids
+    local.load_processing_class = lambda *_: None  # the rows are of token ids
     args = RLADConfig(output_dir, use_cpu=True, bf16=False, temperature=families.TEMPERATURE)
     assert args.device.type == "cpu"  # which sets up the processes
     accelerator = Accelerator(cpu=True)
@@ -32,7 +31,7 @@ def main(output_dir):
         texts, images = families.make_text_rows(), []
         if "vision_config" in families.FAMILIES[name][2]:
             images = families.make_image_rows(name)
-        with active_deepspeed_config(None):
+        with local.active_deepspeed_config(None):
             model = families.make_model(name)
             expected = {id(row): families.plain_scores(model, row) for row in texts + images}
             if accelerator.is_main_process:

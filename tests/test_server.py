@@ -1,5 +1,6 @@
 """A teacher behind a URL, against a server of ours that fails by script; `test_vllm.py` has a real one."""
 
+import atexit
 import logging
 import threading
 import traceback
@@ -9,7 +10,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from teacher_server import FAULTS, TeacherServer, echo_key, right, set_last, status
+from teacher_server import FAULTS, TeacherServer, echo_key, right, set_last, status, stuck
 from tenacity import wait_none
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
@@ -383,3 +384,15 @@ def test_too_many_failed_rows_raise_after_all(serve, tmp_path, monkeypatch):
         else:
             with pytest.raises(ServerError, match="no answer for 14 of 14 rows"):
                 scorer.score(batch, batch["completion_mask"])
+
+
+def test_an_interpreter_may_end_while_requests_are_under_way(serve, teacher_path, monkeypatch):
+    # A thread that is in torch's code then would abort the process, after all work was done
+    server, ends, threads = serve(), [], set(threading.enumerate())
+    server.fault = stuck
+    monkeypatch.setattr(atexit, "register", ends.append)
+    future = client.Servers([server.url], patience=60).submit("/v1/models", dict)
+    (thread,) = (each for each in threading.enumerate() if each.name == "teacher servers" and each not in threads)
+    for end in ends:
+        end()
+    assert future.cancelled() and not thread.is_alive()

@@ -1,6 +1,7 @@
 """Requests to servers that stand in for each other: pooled, bounded, and made again where that may help."""
 
 import asyncio
+import atexit
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -62,7 +63,11 @@ class Servers:
         self.urls, self.patience, self.key = urls, patience, key
         self._servers = [_Server(url) for url in urls]
         self._loop = asyncio.new_event_loop()
-        Thread(target=self._loop.run_forever, name="teacher servers", daemon=True).start()
+        self._thread = Thread(target=self._loop.run_forever, name="teacher servers", daemon=True)
+        self._thread.start()
+        atexit.register(
+            self._end
+        )  # if the interpreter went while the thread was in torch's code, the process would abort
         self._slots = asyncio.Semaphore(IN_FLIGHT * len(urls))
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -92,6 +97,18 @@ class Servers:
         """
         servers = [server for server in self._servers if url in (None, server.url)]
         return asyncio.run_coroutine_threadsafe(self._ask(servers, path, read, body), self._loop)
+
+    def _end(self):
+        """Call everything back and end the thread."""
+        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _cancel(self):
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, servers, path, read, body):
         retrying = AsyncRetrying(
