@@ -70,7 +70,11 @@ def write(answer):
 def run(script, *arguments, launcher=(), env=()):
     """Run an example, and print its command and what it prints, for `docs/language_model.md`."""
     launcher = ["-m", "accelerate.commands.launch", *launcher] if script == "rlad_grpo.py" else []
-    command = [*map(str, launcher), str(ROOT / "examples" / script), *map(str, arguments)]
+    return execute(*launcher, ROOT / "examples" / script, *arguments, env=env)
+
+
+def execute(*command, env=()):
+    command = list(map(str, command))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(env)
     result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=400)
     print("\n$", *command, "\n" + result.stdout)
@@ -92,7 +96,7 @@ def train(student, teacher, output_dir, *arguments, **kwargs):
 @pytest.mark.slow
 def test_trains_goes_on_and_is_pushed(base, tuned, tmp_path):
     output_dir = tmp_path / "out"
-    logs, stdout = train(tuned, base, output_dir, "--max_steps", 2, "--save_steps", 2)
+    logs, stdout = train(tuned, base, output_dir, "--max_steps", 2, "--save_steps", 2, "--log_completions", "true")
     # The student has the format, so Logic-RL's reward is above -3, and within its bounds
     assert len(logs) == 2 and all(-3.0 < log["reward"] <= 3.0 for log in logs), stdout
     with HubServer() as hub:
@@ -102,6 +106,18 @@ def test_trains_goes_on_and_is_pushed(base, tuned, tmp_path):
         logs, stdout = train(tuned, base, output_dir, *go_on, env=env)
         assert [log["step"] for log in logs] == [1, 2, 3]
         assert {"model.safetensors", "tokenizer.json", "README.md"} <= hub.repos["tester/pupil"].keys()
+    execute("-m", "trl_rlad", "view", output_dir, "--output", tmp_path / "view.html")
+    assert "&lt;think&gt;" in (tmp_path / "view.html").read_text()  # the completions are in it
+
+
+@pytest.mark.slow
+def test_is_probed(base, tuned, tmp_path):
+    output = tmp_path / "probe.json"
+    probe = ["-m", "trl_rlad", "probe", "--sample_teacher", "--prompts", 4, "--output", output]
+    models = ["--model_name_or_path", tuned, "--teacher_model_name_or_path", base, "--output_dir", tmp_path / "out"]
+    execute(*probe, ROOT / "examples" / "rlad_grpo.py", *models, *SETTINGS, "--use_cpu", "true")
+    figures = json.loads(output.read_text())
+    assert figures["prompts"] == 4 and figures["completions"] == 16 and figures["gap"]["mean"] != 0.0
 
 
 @pytest.mark.slow

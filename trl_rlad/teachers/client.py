@@ -65,9 +65,7 @@ class Servers:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="teacher servers", daemon=True)
         self._thread.start()
-        atexit.register(
-            self._end
-        )  # if the interpreter went while the thread was in torch's code, the process would abort
+        atexit.register(self._end)  # the process would abort if the interpreter went while that is in torch's code
         self._slots = asyncio.Semaphore(IN_FLIGHT * len(urls))
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
