@@ -117,7 +117,7 @@ def test_is_probed(base, tuned, tmp_path):
     models = ["--model_name_or_path", tuned, "--teacher_model_name_or_path", base, "--output_dir", tmp_path / "out"]
     execute(*probe, ROOT / "examples" / "rlad_grpo.py", *models, *SETTINGS, "--use_cpu", "true")
     figures = json.loads(output.read_text())
-    assert figures["prompts"] == 4 and figures["completions"] == 16 and figures["gap"]["mean"] != 0.0
+    assert figures["prompts"] == 4 and figures["completions"] == 16 and figures["gap"]["value"] != 0.0
 
 
 @pytest.mark.slow
