@@ -68,7 +68,7 @@ WEIGHT_SAMPLES = 4  # of the teacher, for each prompt, for that column
 SFT_RATE = 1e-4
 PRESETS = {
     "cpu": {"sft_rows": 4608, "sft_batch": 16, "student_steps": 24, "rollouts": 32, "steps": 12, "sweep_steps": 6}
-    | {"rates": (3e-5, 1e-4), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2},
+    | {"rates": (1e-5, 3e-5, 1e-4), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2},
     "gpu": {"sft_rows": 12800, "sft_batch": 32, "student_steps": 24, "rollouts": 128, "steps": 60, "sweep_steps": 20}
     | {"rates": (1e-5, 2e-5, 5e-5), "seeds": (1, 2, 3, 4, 5), "puzzles": 256, "samples": 16, "processes": 1},
     # Shows that it runs

@@ -118,6 +118,7 @@ FIGURES = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contrad
         ({"contradicted_succeeded": 0.3}, "unknown", "believed where it is right"),
         ({"contradicted_failed": 0.5}, "unknown", "GRPO"),
         ({"gap": 0.0, "beyond_clip": 0.0, "teacher_rescues": 0.0}, "nothing", "GRPO"),
+        ({"teacher_accuracy": 0.0, "teacher_rescues": 0.0}, "nothing", "GRPO"),
         ({"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, "offline distillation", "the teacher names"),
         ({"teacher_accuracy": 0.67, "teacher_rescues": 0.66}, "offline distillation", "believed where it is right"),
         ({"teacher_accuracy": 0.95, "teacher_rescues": 0.1}, "nothing", "the teacher names"),

@@ -184,7 +184,7 @@ def recommend(figures: dict) -> dict[str, str]:
     1. A teacher that is the student, to rounding, has nothing to say.
     2. If it answers one in four of the prompts on which the student fails throughout, imitate its right answers offline before.
     3. If it contradicts what the student is sure of in three of four failures, the student is sure and wrong: have the teacher
-       name, in the loss, what it would have said. Elsewhere a teacher in the loss has gained nothing over GRPO.
+       name, in the loss, what it would have said. Elsewhere, or if none of its own answers is right, GRPO.
     4. If it contradicts more than 1 in 20 successes too, or is itself right less than 9 times in 10, it is to be believed only
        where it is right, by the column `teacher_weight`.
 
@@ -205,7 +205,8 @@ def recommend(figures: dict) -> dict[str, str]:
             f"The teacher contradicts what the student is sure of in {failed:.0%} of the failures. In the study, naming gained "
             "14.4 ± 1.3 points over GRPO where that was 99%, and nothing at 33 to 48%."
         ]
-        if failed >= 3 / 4:
+        names = failed >= 3 / 4 and accuracy != 0.0
+        if names:
             advice["in the loss"] = "the teacher names where the student failed"
             advice["settings"] = "alpha=0.5, teacher_kl_coef=1.0, teacher_kl_estimator=forward, teacher_kl_rows=failed"
         if succeeded > 1 / 20 or (accuracy is not None and accuracy < 9 / 10):
@@ -214,7 +215,7 @@ def recommend(figures: dict) -> dict[str, str]:
                 + ("" if accuracy is None else f", and {accuracy:.0%} of its own answers are right")
                 + ". Such a teacher, naming everywhere, cost 6 to 26 points; with teacher_weight at most 2.4 ± 1.8."
             )
-            if failed >= 3 / 4:
+            if names:
                 advice["in the loss"] += ", and is believed where it is right"
                 advice["settings"] += ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
     if rescues is None:
