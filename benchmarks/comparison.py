@@ -60,10 +60,10 @@ T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 # where it isn't the library's, or `OFFLINE`
 OFFLINE = None
 KDRL = {"alpha": 1.0, "teacher_kl_coef": 0.2}
-OPD = {"alpha": 1.0, "distillation_ratio": 1.0}
+OPD = {"alpha": 1.0, "distillation_fraction": 1.0}
 PUBLISHED = {"teacher_log_ratio_clip": None}
-FORWARD = {"teacher_kl_estimator": "forward"}
-NAMED = FORWARD | {"teacher_kl_coef": 1.0, "teacher_kl_rows": "failed"}
+FORWARD = {"teacher_kl": "forward"}
+NAMED = FORWARD | {"teacher_kl_coef": 1.0, "teacher_kl_on": "failed"}
 CREDIT = {"teacher_credit": True}
 METHODS = {
     "GRPO": [{"alpha": 1.0}],
@@ -78,8 +78,8 @@ METHODS = {
     "offline distillation": [OFFLINE],
     "RLAD + named": [NAMED],
     "RLAD + named, trusted": [NAMED | {"trusted": True}],
-    "distil, then GRPO": [FORWARD | {"alpha": 1.0, "distillation_ratio": 0.4}],
-    "distil, then RLAD": [FORWARD | {"distillation_ratio": 0.4}],
+    "distil, then GRPO": [FORWARD | {"alpha": 1.0, "distillation_fraction": 0.4}],
+    "distil, then RLAD": [FORWARD | {"distillation_fraction": 0.4}],
     "offline, then RLAD + named": [OFFLINE, NAMED],
     "GRPO + named": [NAMED | {"alpha": 1.0}],
     "RLAD + named, shuffled teacher": [NAMED | {"trainer": "ShuffledTrainer"}],

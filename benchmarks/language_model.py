@@ -57,7 +57,7 @@ SYSTEM = "Add up."
 TASK = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 PHRASINGS = (("", "\n"), ("", ", "), ("It makes ", " and then "), ("= ", " = "))
 MAX_COMPLETION_LENGTH = 14  # of the longest phrasing of the longest sum, with its last token
-NAMED = {"teacher_kl_coef": 1.0, "teacher_kl_estimator": "forward", "teacher_kl_rows": "failed"}
+NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward", "teacher_kl_on": "failed"}
 METHODS = {
     "GRPO": {"alpha": 1.0},
     "RLAD": {"alpha": 0.5},

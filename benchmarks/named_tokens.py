@@ -27,7 +27,7 @@ import tiny  # noqa: E402
 VOCABULARY, ROLLOUTS, PROMPT, COMPLETION = 151_936, 16, 40, 64
 WAYS = {
     "k2": {},
-    "forward, k = 8": {"teacher_kl_estimator": "forward", "teacher_top_k": 8},
+    "forward, k = 8": {"teacher_kl": "forward", "teacher_top_k": 8},
 }
 
 

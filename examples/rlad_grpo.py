@@ -59,7 +59,7 @@ class ScriptArguments:
             Measure the accuracy every so many steps of training too, into the log.
         teacher_model_name_or_path (`str`, *optional*):
             Name or path of the teacher. Not needed with `teacher_server_urls`, or with `alpha=1.0` and no `teacher_kl_coef`
-            or `distillation_ratio`.
+            or `distillation_fraction`.
         teacher_samples (`int`, *optional*, defaults to `0`):
             Number of times that the teacher answers each training puzzle first, so that it has a say only where it is
             right, and as much as it is right: see [`~sampling.add_teacher_weight`]. The main process samples, into

@@ -24,10 +24,10 @@ def test_nothing_else_differs_from_grpo():
         "teacher_credit",
         "teacher_kl_coef",
         "teacher_kl_coef_final",
-        "teacher_kl_estimator",
-        "teacher_kl_rows",
+        "teacher_kl",
+        "teacher_kl_on",
         "teacher_top_k",
-        "distillation_ratio",
+        "distillation_fraction",
         "success_reward",
         "teacher_log_ratio_clip",
         "teacher_model_init_kwargs",
@@ -35,7 +35,7 @@ def test_nothing_else_differs_from_grpo():
         "teacher_zero_stage",
         "teacher_offload",
         "teacher_server_urls",
-        "teacher_failure",
+        "on_teacher_failure",
         "teacher_timeout",
         "trim_padding",
         "teacher_tokens_per_batch",
@@ -95,10 +95,10 @@ def test_help_has_our_arguments(capsys):
 @pytest.mark.parametrize(
     ("kwargs", "warns"),
     [
-        ({"distillation_ratio": 0.4, "lr_scheduler_type": "linear"}, True),
-        ({"distillation_ratio": 0.4, "lr_scheduler_type": "cosine"}, True),
-        ({"distillation_ratio": 0.4, "lr_scheduler_type": "constant_with_warmup"}, False),
-        ({"distillation_ratio": 1.0, "lr_scheduler_type": "linear"}, False),
+        ({"distillation_fraction": 0.4, "lr_scheduler_type": "linear"}, True),
+        ({"distillation_fraction": 0.4, "lr_scheduler_type": "cosine"}, True),
+        ({"distillation_fraction": 0.4, "lr_scheduler_type": "constant_with_warmup"}, False),
+        ({"distillation_fraction": 1.0, "lr_scheduler_type": "linear"}, False),
         ({"lr_scheduler_type": "linear"}, False),
     ],
 )
@@ -108,6 +108,6 @@ def test_a_learning_rate_that_decays_during_distillation(kwargs, warns, tmp_path
 
 
 def test_who_needs_a_teacher(tmp_path):
-    settings = {"alpha": 0.9}, {"teacher_kl_coef": 0.1}, {"teacher_kl_coef_final": 0.1}, {"distillation_ratio": 0.1}
+    settings = {"alpha": 0.9}, {"teacher_kl_coef": 0.1}, {"teacher_kl_coef_final": 0.1}, {"distillation_fraction": 0.1}
     assert all(tiny.make_config(tmp_path, **{"alpha": 1.0} | each).needs_teacher for each in settings)
-    assert not tiny.make_config(tmp_path, alpha=1.0, teacher_kl_estimator="forward").needs_teacher
+    assert not tiny.make_config(tmp_path, alpha=1.0, teacher_kl="forward").needs_teacher

@@ -176,7 +176,7 @@ def test_each_row_has_its_own_teacher_and_prompt(config, tmp_path, paths):
         assert asked
 
 
-NAMED = {"teacher_kl_estimator": "forward", "teacher_kl_coef": 1.0, "teacher_top_k": 4, "alpha": 0.5}
+NAMED = {"teacher_kl": "forward", "teacher_kl_coef": 1.0, "teacher_top_k": 4, "alpha": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_named_tokens_of_the_students_own_base(tmp_path, paths):
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_distil_then_reinforce_in_two_processes(config, tmp_path, paths):
-    kwargs = {"teacher_kl_estimator": "forward", "alpha": 1.0, "distillation_ratio": 0.5, "max_steps": 4}
+    kwargs = {"teacher_kl": "forward", "alpha": 1.0, "distillation_fraction": 0.5, "max_steps": 4}
     results = launch(tmp_path, config, **paths, **kwargs)
     assert len(results[0]["losses"]) == 4
 

@@ -153,9 +153,9 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
             tmp_path,
             max_steps=2,
             teacher_kl_coef=0.5,
-            teacher_kl_estimator="forward",
+            teacher_kl="forward",
             teacher_server_urls={"far": server.url},
-            teacher_failure="grpo",
+            on_teacher_failure="grpo",
             per_device_eval_batch_size=4,
         )
         data, teachers = make_dataset(["near", "far"]), {"near": teacher_path, "far": None}

@@ -26,10 +26,10 @@ CONFIGS = st.fixed_dictionaries(
         "teacher_credit": st.just(True),
         "teacher_kl_coef": st.sampled_from([0.0, 0.5]),
         "teacher_kl_coef_final": st.sampled_from([0.0, 0.5]),
-        "teacher_kl_estimator": st.sampled_from(["k2", "forward"]),
-        "teacher_kl_rows": st.sampled_from(["all", "failed"]),
+        "teacher_kl": st.sampled_from(["reverse", "forward"]),
+        "teacher_kl_on": st.sampled_from(["all", "failed"]),
         "teacher_top_k": st.sampled_from([1, 4, 100]),
-        "distillation_ratio": st.sampled_from([0.5, 1.0]),
+        "distillation_fraction": st.sampled_from([0.5, 1.0]),
         "success_reward": st.sampled_from([-1.0, 0.5]),
         "teacher_tokens_per_batch": st.sampled_from([1, 20]),
         "teacher_offload": st.just("cpu"),
@@ -65,7 +65,7 @@ def weights(trainer):
 # What once broke
 @example({"alpha": 0.5, "teacher_kl_coef": 0.5, "num_iterations": 2}, [1.0, None, 0.0], None)
 @example(
-    {"alpha": 0.5, "teacher_kl_estimator": "forward", "distillation_ratio": 0.5, "teacher_top_k": 100},
+    {"alpha": 0.5, "teacher_kl": "forward", "distillation_fraction": 0.5, "teacher_top_k": 100},
     [1.0, 0.0],
     [0.0],
 )

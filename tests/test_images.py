@@ -72,7 +72,7 @@ def test_alpha_one_is_grpo_bit_for_bit(data, kwargs, tmp_path, student_path):
         assert torch.equal(expected, weights(rlad)[name]), name
 
 
-FORWARD = {"alpha": 1.0, "teacher_kl_coef": 0.1, "teacher_kl_estimator": "forward", "teacher_top_k": 4}
+FORWARD = {"alpha": 1.0, "teacher_kl_coef": 0.1, "teacher_kl": "forward", "teacher_top_k": 4}
 MODES = {"trrd": {"alpha": 0.5}, "kl": FORWARD}
 
 

@@ -111,7 +111,7 @@ def test_one_step(recipe, method, chat_model, teacher, problems, tmp_path, monke
         if f"--{name}" not in arguments and hasattr(args, name):
             assert getattr(args, name) == value, name
     assert (args.alpha, args.teacher_kl_coef) == {"GRPO": (1.0, 0), "KDRL": (1.0, 0.002), "RLAD": (0.5, 0)}[method]
-    assert (args.teacher_kl_estimator, args.teacher_kl_rows) == ("k2", "all")
+    assert (args.teacher_kl, args.teacher_kl_on) == ("reverse", "all")
     assert trainer.state.global_step == 1
     (log,) = (log for log in trainer.state.log_history if "grad_norm" in log)
     assert 0 < log["grad_norm"] < math.inf

@@ -52,14 +52,14 @@ def test_what_a_reward_function_cannot_judge_is_no_failure(student_path, teacher
 
 
 def test_only_what_is_known_to_have_failed_counts_as_failed(make_trainer):
-    trainer = make_trainer(teacher_kl_coef=0.1, teacher_kl_rows="failed")
+    trainer = make_trainer(teacher_kl_coef=0.1, teacher_kl_on="failed")
     nan = float("nan")
     rewards = torch.tensor([[1.0], [0.0], [nan], [-1.0]])
     assert trainer._select_kl_rows(rewards).tolist() == [False, True, False, True]
 
 
 def test_a_reward_that_never_succeeds_is_said_so(student_path, teacher_path, tmp_path, caplog):
-    kwargs = {"teacher_kl_coef": 0.1, "teacher_kl_rows": "failed", "max_steps": 12}
+    kwargs = {"teacher_kl_coef": 0.1, "teacher_kl_on": "failed", "max_steps": 12}
     make_trainer(student_path, teacher_path, tmp_path, success_reward=7.0, **kwargs).train()
     assert caplog.text.count("No completion of 10 generation batches has a reward above `success_reward=7.0`") == 1
     caplog.clear()
@@ -81,10 +81,10 @@ class Raise(TrainerCallback):
             vars(args).update(self.values)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "forward"])
+@pytest.mark.parametrize("estimator", ["reverse", "forward"])
 def test_a_coefficient_that_rises_within_a_generation_batch(estimator, student_path, teacher_path, tmp_path):
     # With two iterations, batches are made before steps 0, 2 and 4: the rise at step 1 is felt from step 2 on
-    kwargs = {"num_iterations": 2, "max_steps": 6, "teacher_kl_estimator": estimator}
+    kwargs = {"num_iterations": 2, "max_steps": 6, "teacher_kl": estimator}
     callbacks = [Raise(1, teacher_kl_coef=0.5)]
     trainer = make_trainer(student_path, teacher_path, tmp_path, callbacks=callbacks, **kwargs)
     trainer.train()
@@ -107,8 +107,8 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
         teacher_path,
         tmp_path,
         alpha=0.5,
-        distillation_ratio=0.4,
-        teacher_kl_estimator="forward",
+        distillation_fraction=0.4,
+        teacher_kl="forward",
         max_steps=5,
     )
     score, asked = trainer.teacher_scorer.score, []
@@ -125,13 +125,13 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"teacher_kl_rows": "failed"}, "`teacher_kl_rows` has no effect without a divergence"),
-        ({"teacher_kl_estimator": "forward", "teacher_top_k": 4}, "`teacher_kl_estimator`, `teacher_top_k` has no effect"),
+        ({"teacher_kl_on": "failed"}, "`teacher_kl_on` has no effect without a divergence"),
+        ({"teacher_kl": "forward", "teacher_top_k": 4}, "`teacher_kl`, `teacher_top_k` has no effect"),
         ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "Choose a multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 2, "steps_per_generation": 4, "num_iterations": 3,
           "gradient_accumulation_steps": 2}, "Choose a multiple of 6"),
-        ({"teacher_kl_rows": "failed", "distillation_ratio": 0.5}, None),
-        ({"teacher_kl_rows": "failed", "teacher_kl_coef_final": 0.5}, None),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5}, None),
+        ({"teacher_kl_on": "failed", "teacher_kl_coef_final": 0.5}, None),
         ({"save_strategy": "steps", "save_steps": 4, "num_iterations": 2}, None),
         ({"save_strategy": "steps", "save_steps": 0.5, "num_iterations": 2}, None),
     ],

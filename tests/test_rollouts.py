@@ -14,7 +14,7 @@ from trl_rlad.callbacks import MetricsTable
 from trl_rlad.rollouts import describe_rollouts, read_rollouts, split_text
 
 
-NAMED = {"teacher_kl_coef": 1.0, "teacher_kl_estimator": "forward"}
+NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl_rlad import RLADTrainer
 
 
-MODES = [{"alpha": 0.5}, {"alpha": 1.0, "teacher_kl_coef": 0.5, "teacher_kl_estimator": "forward", "teacher_top_k": 3}]
+MODES = [{"alpha": 0.5}, {"alpha": 1.0, "teacher_kl_coef": 0.5, "teacher_kl": "forward", "teacher_top_k": 3}]
 
 
 @pytest.fixture(scope="module")

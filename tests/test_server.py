@@ -317,7 +317,7 @@ def test_failure_raises_and_leaves_the_last_checkpoint(serve, student_path, tmp_
     server = serve()
     args = make_args(tmp_path, server.url, patience=0.5, save_strategy="steps", save_steps=1)
     trainer = RLADTrainer(student_path, Failing(server, status(500), 2), args, tiny.make_dataset())
-    with pytest.raises(ServerError, match='resume_from_checkpoint.*teacher_failure="grpo"'):
+    with pytest.raises(ServerError, match='resume_from_checkpoint.*on_teacher_failure="grpo"'):
         trainer.train()
     server.fault = right
     again = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
@@ -331,7 +331,7 @@ def test_failed_rows_train_with_grpo(serve, student_path, tmp_path, caplog):
     server = serve()
     args = {"per_device_train_batch_size": 8, "max_steps": 3}
     grpo = train(student_path, None, tiny.make_dataset(), tmp_path, alpha=1.0, **args)
-    args = make_args(tmp_path, server.url, patience=0.3, teacher_failure="grpo", **args)
+    args = make_args(tmp_path, server.url, patience=0.3, on_teacher_failure="grpo", **args)
     trainer = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
     server.fault = status(500)
     trainer.train()

@@ -119,7 +119,7 @@ def reference_kdrl(logps, batch, coef, clip, loss_type, beta, low=0.2, high=0.28
             loss = -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
             log_ref = batch["ref_per_token_logps"][i, t].double() - logps[i, t]
             loss = loss + beta * ratio * (log_ref.exp() - log_ref - 1)
-            if batch["teacher_mask"][i, t] and batch["teacher_kl_rows"][i]:
+            if batch["teacher_mask"][i, t] and batch["teacher_kl_on"][i]:
                 x = logps[i, t] - batch["teacher_per_token_logps"][i, t].double()
                 is_far = clip is not None and abs(x) > clip
                 loss = loss + coef * (clip * (abs(x) - clip / 2) if is_far else x * x / 2)
@@ -143,7 +143,7 @@ def test_alpha_one_with_a_teacher_kl_is_kdrl(make_trainer, clip, loss_type, beta
     batch["teacher_mask"] = batch["completion_mask"].bool()  # also where there is no advantage
     batch["teacher_mask"][0, 3] = False
     batch["teacher_per_token_logps"][0, 3] = float("nan")
-    batch["teacher_kl_rows"] = torch.tensor([True, True, True, False, True, False])
+    batch["teacher_kl_on"] = torch.tensor([True, True, True, False, True, False])
     logps = make_logps(batch)
     trainer = make_trainer(
         logps, alpha=1.0, teacher_kl_coef=0.3, teacher_log_ratio_clip=clip, loss_type=loss_type, beta=beta
@@ -159,7 +159,7 @@ def test_alpha_one_with_a_teacher_kl_is_kdrl(make_trainer, clip, loss_type, beta
 
 
 def test_trrd_and_a_teacher_kl_add_up(make_trainer):
-    batch = make_batch() | {"teacher_kl_rows": torch.ones(B, dtype=torch.bool)}
+    batch = make_batch() | {"teacher_kl_on": torch.ones(B, dtype=torch.bool)}
     results = []
     for alpha, coef, beta in ((0.5, 0.3, BETA), (0.5, 0.0, BETA), (1.0, 0.3, BETA), (1.0, 0.0, BETA)):
         logps = make_logps(batch)
@@ -184,12 +184,12 @@ REWARDS = torch.tensor([[0.0], [0.5], [0.0], [1.0], [0.0], [0.0], [-1.0], [float
     ],
 )
 def test_rows(make_trainer, rows, success_reward, expected):
-    trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_rows=rows, success_reward=success_reward)
+    trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_on=rows, success_reward=success_reward)
     assert trainer._select_kl_rows(REWARDS).int().tolist() == expected
 
 
 def test_rows_go_by_the_weighted_sum_of_the_rewards(make_trainer):
-    trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_rows="failed")
+    trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_on="failed")
     trainer.reward_weights = torch.tensor([1.0, 0.0])
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     assert trainer._select_kl_rows(rewards).tolist() == [False, True, False, True]
@@ -202,7 +202,7 @@ def run(student_path, teacher_path, output_dir, **kwargs):
     return trainer
 
 
-@pytest.mark.parametrize("estimator", ["k2", "forward"])
+@pytest.mark.parametrize("estimator", ["reverse", "forward"])
 def test_pure_distillation_brings_the_student_to_the_teacher(estimator, tmp_path, student_path, teacher_path):
     # No reward at all: all rows have A = 0, are scored all the same, and the divergence falls
     trainer = run(
@@ -210,8 +210,8 @@ def test_pure_distillation_brings_the_student_to_the_teacher(estimator, tmp_path
         teacher_path,
         tmp_path,
         alpha=1.0,
-        distillation_ratio=1.0,
-        teacher_kl_estimator=estimator,
+        distillation_fraction=1.0,
+        teacher_kl=estimator,
         teacher_log_ratio_clip=None,
         max_steps=60,
         per_device_train_batch_size=16,
@@ -228,7 +228,7 @@ def test_rows_without_advantage_are_scored_only_for_the_divergence(tmp_path, stu
             teacher_path,
             tmp_path / str(coef),
             teacher_kl_coef=coef,
-            teacher_kl_rows="failed",
+            teacher_kl_on="failed",
             success_reward=success_reward,
             max_steps=0,
         )
@@ -257,7 +257,7 @@ def naive_forward_kl(student, teacher, batch, k, temperature):
             named = (p_t[top] * (p_t[top] / q_t[top]).log()).sum()
             rest, q_rest = 1 - p_t[top].sum(), 1 - q_t[top].sum()
             tokens.append(named + rest * (rest / q_rest).log())
-        rows.append(batch["teacher_kl_rows"][i] * batch["teacher_weight"][i] * sum(tokens) / len(tokens))
+        rows.append(batch["teacher_kl_on"][i] * batch["teacher_weight"][i] * sum(tokens) / len(tokens))
     return sum(rows) / len(rows)
 
 
@@ -271,9 +271,9 @@ def test_a_step_with_named_tokens_equals_a_naive_twin(
         tmp_path,
         alpha=1.0,
         teacher_kl_coef=0.5,
-        teacher_kl_estimator="forward",
+        teacher_kl="forward",
         teacher_top_k=5,
-        teacher_kl_rows="failed",
+        teacher_kl_on="failed",
         success_reward=0.5,
         reward_weights=[1.0, 0.0],
         temperature=temperature,
@@ -290,7 +290,7 @@ def test_a_step_with_named_tokens_equals_a_naive_twin(
     trainer.current_gradient_accumulation_steps = 1
     rows = [dataset[i] for i in (0, 1) for _ in range(4)]
     batch = trainer._prepare_inputs(rows)
-    assert batch["teacher_kl_rows"].sum() == 4 and sorted(set(batch["teacher_weight"].tolist())) == [0.25, 1.0]
+    assert batch["teacher_kl_on"].sum() == 4 and sorted(set(batch["teacher_weight"].tolist())) == [0.25, 1.0]
     trainer.compute_loss(trainer.model, batch | {"advantages": 0 * batch["advantages"]}).backward()
     gradients = {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.grad is not None}
 

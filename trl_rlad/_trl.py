@@ -136,7 +136,7 @@ def patched(problem: str) -> RuntimeError:
     return RuntimeError(
         f"This would not be training with a teacher: {problem}. Likely causes are a library that patches TRL (such as "
         "Unsloth), a mixin with a loss of its own, or a TRL newer than those tried. Train without it, or set `alpha=1.0` "
-        "without a `teacher_kl_coef` or `distillation_ratio`."
+        "without a `teacher_kl_coef` or `distillation_fraction`."
     )
 
 

@@ -20,7 +20,7 @@ _LONGEST_TIMEOUT = 1e6
 # Settings that must be numbers, and whether they may be left out
 _NUMBERS = {
     "alpha": False,
-    "distillation_ratio": False,
+    "distillation_fraction": False,
     "teacher_kl_coef": False,
     "teacher_kl_coef_final": True,
     "teacher_top_k": False,
@@ -49,14 +49,14 @@ class RLADConfig(GRPOConfig):
             difference between 0.3 and 0.7, and losses at 0.1 and 0.9 (Table 5).
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             Bound on the absolute log-ratio between student and teacher, in nats, wherever the two are compared on a
-            sampled token: before it enters the likelihood ratio (Appendix B), and in the gradient of `"k2"`. `None`, or
+            sampled token: before it enters the likelihood ratio (Appendix B), and in the gradient of `"reverse"`. `None`, or
             `inf` on the command line, applies no bound.
         teacher_credit (`bool`, *optional*, defaults to `False`):
             Whether the teacher, instead of entering the ratio, shares out the credit: a rewarded token's advantage is
             multiplied by (anchor / old policy), a punished one's by its inverse, see `docs/trrd.md`. Not RLAD's form:
             it is that of [RLSD](https://huggingface.co/papers/2604.03128) and [Distilled
             RL](https://huggingface.co/papers/2607.17247).
-        distillation_ratio (`float`, *optional*, defaults to `0.0`):
+        distillation_fraction (`float`, *optional*, defaults to `0.0`):
             Share of training, at its beginning, in which the student only imitates: the advantage is zero, and the
             divergence from the teacher has the coefficient 1 on all completions. After that the teacher has the say that
             `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation.
@@ -66,13 +66,13 @@ class RLADConfig(GRPOConfig):
             [KDRL](https://huggingface.co/papers/2506.02208), which takes 2e-3.
         teacher_kl_coef_final (`float`, *optional*):
             Value that `teacher_kl_coef` moves to in a straight line. `None` keeps it.
-        teacher_kl_estimator (`str`, *optional*, defaults to `"k2"`):
-            What the divergence looks at: `"k2"` grades the token that was sampled
+        teacher_kl (`str`, *optional*, defaults to `"reverse"`):
+            What the divergence looks at: `"reverse"` grades the token that was sampled
             ([`~trl_rlad.teacher_kl.reverse_kl`]), `"forward"` has the teacher name its likeliest tokens
             ([`~trl_rlad.teacher_kl.forward_kl`]).
         teacher_top_k (`int`, *optional*, defaults to `8`):
-            Number of tokens that the teacher names at each position, with `teacher_kl_estimator="forward"`.
-        teacher_kl_rows (`str`, *optional*, defaults to `"all"`):
+            Number of tokens that the teacher names at each position, with `teacher_kl="forward"`.
+        teacher_kl_on (`str`, *optional*, defaults to `"all"`):
             Where the divergence applies: `"all"`, or `"failed"`, the completions that failed (KDRL's mask by response).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward, the weighted sum of all reward functions, is higher than this.
@@ -95,7 +95,7 @@ class RLADConfig(GRPOConfig):
             Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
             teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed then,
             unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
-        teacher_failure (`str`, *optional*, defaults to `"raise"`):
+        on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
             What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"` trains
             such rows without the teacher, until they are more than a tenth of all so far, and more than a thousand.
         teacher_timeout (`float`, *optional*, defaults to `1800.0`):
@@ -150,7 +150,7 @@ class RLADConfig(GRPOConfig):
             "it agrees with the reward and shrinks where it doesn't. Not the paper's form."
         },
     )
-    distillation_ratio: float = field(
+    distillation_fraction: float = field(
         default=0.0,
         metadata={
             "help": "Share of training, at its beginning, in which the student only imitates the teacher, without the "
@@ -167,19 +167,19 @@ class RLADConfig(GRPOConfig):
     teacher_kl_coef_final: float | None = field(
         default=None, metadata={"help": "Value that `teacher_kl_coef` moves to in a straight line. Unset: it stays."}
     )
-    teacher_kl_estimator: str = field(
-        default="k2",
+    teacher_kl: str = field(
+        default="reverse",
         metadata={
-            "help": "Whether the divergence grades the token that was sampled ('k2') or has the teacher name its "
+            "help": "Whether the divergence grades the token that was sampled ('reverse') or has the teacher name its "
             "likeliest tokens ('forward').",
-            "choices": ["k2", "forward"],
+            "choices": ["reverse", "forward"],
         },
     )
     teacher_top_k: int = field(
         default=8,
-        metadata={"help": "Number of tokens that the teacher names, with `teacher_kl_estimator='forward'`."},
+        metadata={"help": "Number of tokens that the teacher names, with `teacher_kl='forward'`."},
     )
-    teacher_kl_rows: str = field(
+    teacher_kl_on: str = field(
         default="all",
         metadata={
             "help": "Where the divergence from the teacher applies: everywhere, or on completions that failed.",
@@ -229,7 +229,7 @@ class RLADConfig(GRPOConfig):
             "teacher, or a dictionary of teachers by name."
         },
     )
-    teacher_failure: str = field(
+    on_teacher_failure: str = field(
         default="raise",
         metadata={
             "help": "When no server answers: 'raise' ends training, 'grpo' trains such rows without the teacher.",
@@ -267,11 +267,11 @@ class RLADConfig(GRPOConfig):
                 "`teacher_credit` shares out the credit by `1 - alpha`, of which `alpha=1.0` leaves nothing. Choose a "
                 "smaller `alpha`, such as 0.5."
             )
-        if not 0.0 <= self.distillation_ratio <= 1.0:
+        if not 0.0 <= self.distillation_fraction <= 1.0:
             raise ValueError(
-                f"`distillation_ratio` must be in [0, 1], a share of training, but is {self.distillation_ratio}."
+                f"`distillation_fraction` must be in [0, 1], a share of training, but is {self.distillation_fraction}."
             )
-        if 0.0 < self.distillation_ratio < 1.0 and self.lr_scheduler_type not in _CONSTANT_RATES:
+        if 0.0 < self.distillation_fraction < 1.0 and self.lr_scheduler_type not in _CONSTANT_RATES:
             warnings.warn(
                 f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` lets the learning rate decay over all of training, "
                 "which leaves little of it for the reward after distillation. Set "
@@ -282,18 +282,18 @@ class RLADConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be finite and not negative (0: no such term), but is {value}.")
-        if self.teacher_kl_estimator not in ("k2", "forward"):
+        if self.teacher_kl not in ("reverse", "forward"):
             raise ValueError(
-                f"`teacher_kl_estimator` must be 'k2' or 'forward', but is {self.teacher_kl_estimator!r}. (The gradient of "
+                f"`teacher_kl` must be 'reverse' or 'forward', but is {self.teacher_kl!r}. (The gradient of "
                 "k1 doesn't contain the teacher; k3 is a noisy forward divergence.)"
             )
         if not isinstance(self.teacher_top_k, int) or self.teacher_top_k < 1:
             raise ValueError(
                 f"`teacher_top_k` must be a whole number of at least 1, but is {self.teacher_top_k!r}. For no named tokens "
-                "take `teacher_kl_estimator='k2'`."
+                "take `teacher_kl='reverse'`."
             )
-        if self.teacher_kl_rows not in ("all", "failed"):
-            raise ValueError(f"`teacher_kl_rows` must be 'all' or 'failed', but is {self.teacher_kl_rows!r}.")
+        if self.teacher_kl_on not in ("all", "failed"):
+            raise ValueError(f"`teacher_kl_on` must be 'all' or 'failed', but is {self.teacher_kl_on!r}.")
         if not isfinite(self.success_reward):
             raise ValueError(f"`success_reward` must be finite, but is {self.success_reward}.")
         self._warn_of_no_effect()
@@ -338,7 +338,7 @@ class RLADConfig(GRPOConfig):
     def _warn_of_no_effect(self):
         if not self.has_teacher_kl:
             defaults = type(self).__dataclass_fields__
-            names = ("teacher_kl_estimator", "teacher_kl_rows", "teacher_top_k")
+            names = ("teacher_kl", "teacher_kl_on", "teacher_top_k")
             if idle := [name for name in names if getattr(self, name) != defaults[name].default]:
                 warnings.warn(
                     f"`{'`, `'.join(idle)}` has no effect without a divergence from the teacher: set `teacher_kl_coef`.",
@@ -372,14 +372,14 @@ class RLADConfig(GRPOConfig):
             )
 
     def _check_servers(self):
-        if self.teacher_failure not in ("raise", "grpo"):
-            raise ValueError(f"`teacher_failure` must be 'raise' or 'grpo', but is {self.teacher_failure!r}.")
+        if self.on_teacher_failure not in ("raise", "grpo"):
+            raise ValueError(f"`on_teacher_failure` must be 'raise' or 'grpo', but is {self.on_teacher_failure!r}.")
         if isinstance(self.teacher_server_urls, str) and self.teacher_server_urls.startswith("["):
             with suppress(json.JSONDecodeError):  # then it is no address either
                 self.teacher_server_urls = json.loads(self.teacher_server_urls)
         if self.teacher_server_urls is None:
-            if self.teacher_failure != "raise":
-                warnings.warn("`teacher_failure` has no effect without `teacher_server_urls`.", stacklevel=3)
+            if self.on_teacher_failure != "raise":
+                warnings.warn("`on_teacher_failure` has no effect without `teacher_server_urls`.", stacklevel=3)
             return
         by_name = self.teacher_server_urls
         by_name = by_name if isinstance(by_name, dict) else {"": by_name}
@@ -420,7 +420,9 @@ class RLADConfig(GRPOConfig):
     @property
     def has_teacher_kl(self) -> bool:
         """Whether there is a divergence from the teacher in the loss at any time."""
-        return self.distillation_ratio > 0.0 or self.teacher_kl_coef > 0.0 or (self.teacher_kl_coef_final or 0.0) > 0.0
+        return (
+            self.distillation_fraction > 0.0 or self.teacher_kl_coef > 0.0 or (self.teacher_kl_coef_final or 0.0) > 0.0
+        )
 
     @property
     def needs_teacher(self) -> bool:

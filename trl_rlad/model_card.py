@@ -35,11 +35,11 @@ OBJECTIVE = (
     "teacher_log_ratio_clip",
     "teacher_credit",
     "teacher_kl_coef",
-    "teacher_kl_estimator",
+    "teacher_kl",
     "teacher_top_k",
-    "teacher_kl_rows",
+    "teacher_kl_on",
     "success_reward",
-    "distillation_ratio",
+    "distillation_fraction",
 )
 SCHEDULE = (
     "learning_rate",

@@ -208,7 +208,7 @@ def recommend(figures: dict) -> dict[str, str]:
         names = failed >= 3 / 4 and accuracy != 0.0
         if names:
             advice["in the loss"] = "the teacher names where the student failed"
-            advice["settings"] = "alpha=0.5, teacher_kl_coef=1.0, teacher_kl_estimator=forward, teacher_kl_rows=failed"
+            advice["settings"] = "alpha=0.5, teacher_kl_coef=1.0, teacher_kl=forward, teacher_kl_on=failed"
         if succeeded > 1 / 20 or (accuracy is not None and accuracy < 9 / 10):
             evidence.append(
                 f"It contradicts {succeeded:.0%} of the successes too"

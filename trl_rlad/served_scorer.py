@@ -72,14 +72,14 @@ class ServedScorer(TeacherScorer):
                 if self.failure == "raise":
                     raise ServerError(
                         f"The teacher has no answer: {error}. Start its server and go on from the last checkpoint, with "
-                        '`resume_from_checkpoint`. With `teacher_failure="grpo"` such rows train without the teacher.'
+                        '`resume_from_checkpoint`. With `on_teacher_failure="grpo"` such rows train without the teacher.'
                     ) from error
                 scores.append(None)
                 cause = error
         self.failed_rows = scores.count(None)
         if self.failed_rows and not self._failed:
             logger.warning(
-                f"The teacher has no answer for {self.failed_rows} rows, which train without it (`teacher_failure='grpo'`, "
+                f"The teacher has no answer for {self.failed_rows} rows, which train without it (`on_teacher_failure='grpo'`, "
                 f"counted in `teacher/failed_rows`): {cause}",
                 main_process_only=False,
             )
@@ -87,6 +87,6 @@ class ServedScorer(TeacherScorer):
         if self._failed > FAILED_SHARE * max(self._asked, LEAST_ROWS):
             raise ServerError(
                 f"The teacher has had no answer for {self._failed} of {self._asked} rows, which is more than "
-                f"`teacher_failure='grpo'` puts up with. Go on from the last checkpoint when it answers again. {cause}"
+                f"`on_teacher_failure='grpo'` puts up with. Go on from the last checkpoint when it answers again. {cause}"
             ) from cause
         return scores

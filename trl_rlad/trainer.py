@@ -118,12 +118,12 @@ class RLADTrainer(GuidedGRPOTrainer):
             )
         servers = args.teacher_servers
         if args.needs_teacher and not servers and (teacher_model is None or teacher_model in ("", {})):
-            setting = "distillation_ratio" if args.distillation_ratio > 0.0 else "teacher_kl_coef"
+            setting = "distillation_fraction" if args.distillation_fraction > 0.0 else "teacher_kl_coef"
             setting = "alpha" if args.alpha < 1.0 else setting
             raise ValueError(
                 f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model` "
                 "or name its server in `teacher_server_urls`, or set `alpha=1.0` without a `teacher_kl_coef` or "
-                "`distillation_ratio` to train with GRPO."
+                "`distillation_fraction` to train with GRPO."
             )
         teachers: dict[str, Any] = {**dict.fromkeys(servers), **_by_name(teacher_model)}
         is_routed = "" not in teachers
@@ -143,7 +143,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             raise TypeError(f"`RLADTrainer` has no argument `{name}`.{hint}")
         if not args.needs_teacher and (servers or teacher_model is not None):
             logger.warning(
-                "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio`, RLAD is GRPO and needs no teacher: "
+                "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`, RLAD is GRPO and needs no teacher: "
                 "`teacher_model` is not loaded, and the settings of the teacher have no effect."
             )
         super().__init__(model, reward_funcs, args, *grpo_args, **grpo_kwargs)
@@ -237,7 +237,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             columns = set(getattr(self.train_dataset, "column_names", None) or ())
             if columns & {"image", "images"} and "teacher_weight" not in columns:
                 raise ValueError(image_problem)
-        scorer_class = partial(ServedScorer, failure=self.args.teacher_failure) if urls else TeacherScorer
+        scorer_class = partial(ServedScorer, failure=self.args.on_teacher_failure) if urls else TeacherScorer
         return scorer_class(
             teacher,
             self.accelerator,
@@ -317,15 +317,15 @@ class RLADTrainer(GuidedGRPOTrainer):
         if self.trrd.alpha == 1.0:
             wanted = torch.zeros_like(wanted)
         if self._has_kl:
-            batch = {**batch, "teacher_kl_rows": self._select_kl_rows(rewards_per_func)}
-            wanted = wanted | batch["teacher_kl_rows"].unsqueeze(1) | self.is_distilling
+            batch = {**batch, "teacher_kl_on": self._select_kl_rows(rewards_per_func)}
+            wanted = wanted | batch["teacher_kl_on"].unsqueeze(1) | self.is_distilling
         if any("teacher_weight" in row for row in rows):
             weights = read_weights([row.get("teacher_weight") for row in rows])
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
         scores = self.score_rollout(batch, rows, self.loss_mask(batch) * wanted, self._top_k)
         self.log_value("teacher/scoring_time", self.teacher_scorer.seconds)
-        if self.args.teacher_failure == "grpo":
+        if self.args.on_teacher_failure == "grpo":
             failed = torch.tensor(self.teacher_scorer.failed_rows, device=wanted.device)
             self.log_value("teacher/failed_rows", self.accelerator.reduce(failed).item())
         if isinstance(self.teacher_scorer, RoutedScorer):
@@ -361,7 +361,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         """Which of this process's completions have the teacher KL, bool of shape `(B,)`."""
         rewards = self.total_reward(rewards_per_func)
         has_failed = ~(rewards > self.args.success_reward) & ~rewards_per_func.isnan().all(1)
-        if self.args.teacher_kl_rows == "all":
+        if self.args.teacher_kl_on == "all":
             has_failed = torch.ones_like(has_failed)
         else:
             self._warn_without_success(rewards)
@@ -389,8 +389,8 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     @property
     def is_distilling(self) -> bool:
-        """Whether the student only imitates at this step, see `distillation_ratio`."""
-        return self.state.global_step < self.args.distillation_ratio * max(self.state.max_steps, 1)
+        """Whether the student only imitates at this step, see `distillation_fraction`."""
+        return self.state.global_step < self.args.distillation_fraction * max(self.state.max_steps, 1)
 
     @property
     def _kl_coef(self) -> float:
@@ -406,12 +406,12 @@ class RLADTrainer(GuidedGRPOTrainer):
     @property
     def _top_k(self) -> int:
         """Number of tokens that the teacher is to name."""
-        return self.args.teacher_top_k if self._has_kl and self.args.teacher_kl_estimator == "forward" else 0
+        return self.args.teacher_top_k if self._has_kl and self.args.teacher_kl == "forward" else 0
 
     def _kl_mask(self, batch):
         """Tokens whose divergence from the teacher enters the loss, bool of shape `(B, T)`."""
         mask = batch["teacher_mask"]
-        return mask if self.is_distilling else mask & batch["teacher_kl_rows"].unsqueeze(1)
+        return mask if self.is_distilling else mask & batch["teacher_kl_on"].unsqueeze(1)
 
     def watch_forward(self, model, batch):
         if "teacher_top_ids" not in batch or self._kl_coef == 0.0:
@@ -437,7 +437,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         if "teacher_mask" not in batch:
             raise patched("its rollouts did not come by the teacher")
         self.log_value("teacher/kl_coef", self._kl_coef)
-        if self._kl_coef == 0.0 or "teacher_kl_rows" not in batch:  # raised since these rollouts were made
+        if self._kl_coef == 0.0 or "teacher_kl_on" not in batch:  # raised since these rollouts were made
             return None
         mask, per_token_logps = self._kl_mask(batch), per_token_logps.float()
         if "named_log_ratios" in batch:

@@ -20,7 +20,7 @@ trainer = RLADTrainer(
     args=RLADConfig(
         "out",
         teacher_kl_coef=1.0,  # so that there is something to learn where all completions are right
-        teacher_kl_estimator="forward",
+        teacher_kl="forward",
         max_steps=2,
         per_device_train_batch_size=32,
         max_completion_length=33,

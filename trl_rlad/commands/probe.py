@@ -85,7 +85,7 @@ class Probe:
     def __init__(self, trainer: RLADTrainer):
         if trainer.teacher_scorer is None:
             raise ValueError(
-                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_ratio` the trainer has "
+                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction` the trainer has "
                 "none. Set `alpha=0.5`."
             )
         self.trainer, self.scorer = trainer, trainer.teacher_scorer

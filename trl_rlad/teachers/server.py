@@ -87,7 +87,7 @@ class ServedTeacher:
         length = int(min(16, self.max_length))
         generator = torch.Generator().manual_seed(0)
         rows = torch.tensor(ids)[torch.randint(len(ids), (2, length), generator=generator)]
-        names = self.args.has_teacher_kl and self.args.teacher_kl_estimator == "forward"
+        names = self.args.has_teacher_kl and self.args.teacher_kl == "forward"
         top_k = self.args.teacher_top_k if names else 0
         futures = {url: [self.submit(row[:1], row[1:], top_k, url) for row in rows] for url in urls}
         logps = {url: torch.cat([future.result().logps for future in each]) for url, each in futures.items()}
