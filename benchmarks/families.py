@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_rlad import RLADConfig, TeacherScorer
+from trl_rlad.scoring import RowScorer
 from trl_rlad.teachers import LocalTeacher
 from trl_rlad.teachers.local import WrappedTeacher
 
@@ -336,7 +337,7 @@ def measure(name: str, attn_implementation: str | None = None) -> dict[str, floa
 
     def difference(teacher, rows):
         batch = make_batch(rows)
-        scorer = TeacherScorer(teacher, teacher.accelerator, tokens_per_batch=200)
+        scorer = TeacherScorer({"": RowScorer(teacher, teacher.accelerator, 200)})
         scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
         pairs = zip(scores, expected[id(rows)], strict=True)
         return max((score[: len(logps)] - logps).abs().max().item() for score, logps in pairs)

@@ -25,6 +25,7 @@ from teacher_scoring import PRESETS, bare_teacher, draw_lengths, make_batch, mak
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from trl_rlad import RLADConfig, TeacherScorer
+from trl_rlad.scoring import RowScorer
 
 
 BENCHMARKS = Path(__file__).parent
@@ -92,7 +93,7 @@ def out_of_memory(tiny: bool) -> dict:
     batch = make_batch(draw_lengths(name, 64), shape["vocab_size"], accelerator.device)
     mask, score = batch["completion_mask"], teacher.score
     teacher.shares_prompts = False
-    expected = TeacherScorer(teacher, accelerator, 2048).score(batch, mask)["teacher_per_token_logps"]
+    expected = TeacherScorer({"": RowScorer(teacher, accelerator, 2048)}).score(batch, mask)["teacher_per_token_logps"]
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
         allowed = torch.cuda.memory_allocated() + 2**30
@@ -105,8 +106,8 @@ def out_of_memory(tiny: bool) -> dict:
             return score(prompts, *args)
 
         teacher.score = score_few
-    scorer = TeacherScorer(teacher, accelerator, 10**9)
-    scores = scorer.score(batch, mask)["teacher_per_token_logps"]
+    scorer = RowScorer(teacher, accelerator, 10**9)
+    scores = TeacherScorer({"": scorer}).score(batch, mask)["teacher_per_token_logps"]
     return {"tokens_per_batch": scorer.tokens_per_batch, "error": (scores - expected).abs().max().item()}
 
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from trl_rlad import TRRDLoss
-from trl_rlad.teacher_kl import reverse_kl
+from trl_rlad.objective.teacher_kl import reverse_kl
 
 
 EPSILON_LOW, EPSILON_HIGH = 0.2, 0.28

@@ -14,8 +14,8 @@ from statistics import mean
 import comparison
 import torch
 
-from trl_rlad.commands.probe import Probe
-from trl_rlad.probe import recommend, report
+from trl_rlad.reports.probe import recommend, report
+from trl_rlad.reports.probe_run import Probe
 
 
 RESULTS = Path(__file__).parent / "results"

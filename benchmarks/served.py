@@ -21,7 +21,7 @@ from test_vllm import VLLM
 from tqdm import tqdm
 
 from trl_rlad import RLADConfig
-from trl_rlad.served_scorer import ServedScorer
+from trl_rlad.scoring import ServedRowScorer, TeacherScorer
 from trl_rlad.teachers import ServedTeacher
 
 
@@ -63,7 +63,7 @@ def main():
                 teacher_timeout=1200.0,
             )
             teacher = ServedTeacher([server.url], None, config)
-            scorer = ServedScorer(teacher, Accelerator(cpu=True), 1)
+            scorer = TeacherScorer({"": ServedRowScorer(teacher, Accelerator(cpu=True), 1)})
             retries.count, log = 0, []  # it was still loading
             for _ in tqdm(range(args.rows // args.batch)):
                 ids = torch.randint(4, 32, (args.batch, args.tokens), generator=generator)

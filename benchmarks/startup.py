@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_rlad.checkpoints import describe_teacher
-from trl_rlad.teachers.local import find_non_finite
-from trl_rlad.token_contract import find_shared_ids, find_unknown_ids, longest_prompt
+from trl_rlad.teachers.contract import find_nameable_ids, find_unknown_ids, longest_prompt
+from trl_rlad.teachers.loading import find_non_finite
 
 
 VOCABULARY, PROMPTS, PARAMETERS = 152_000, 10_000, 600_000_000
@@ -30,7 +30,9 @@ def main():
     model = torch.nn.Linear(30_000, PARAMETERS // 30_000, bias=False, dtype=torch.bfloat16)
     prompts = [" ".join(f"word{i * j % VOCABULARY}" for j in range(150 + i % 100)) for i in range(PROMPTS)]
     checks = {
-        "tokenizer contract": lambda: find_shared_ids(student, teacher, find_unknown_ids(student, teacher, [1]), [1]),
+        "tokenizer contract": lambda: find_nameable_ids(
+            student, teacher, find_unknown_ids(student, teacher, [1]), [1]
+        ),
         "fingerprint of the vocabulary": lambda: describe_teacher(
             SimpleNamespace(tokenizer=teacher, name="", config=None), 1.0
         ),

@@ -71,7 +71,7 @@ def worker(student: str, teacher: str, output_dir: str, **kwargs):
         student, lambda completions, **_: [0.0] * len(completions), args, Dataset.from_dict({"prompt": ["a"] * 8}),
         teacher_model=teacher,
     )  # fmt: skip
-    model = trainer.teacher_scorer.teacher.model
+    model = trainer.teacher_scorer.teachers[""].model
     held = sum(
         getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p).nbytes for p in model.parameters()
     )

@@ -28,6 +28,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_rlad import RLADConfig, TeacherScorer
+from trl_rlad.scoring import RowScorer
 from trl_rlad.teachers.local import FusedHead, LocalTeacher, WrappedTeacher
 
 
@@ -140,7 +141,7 @@ def make_ways(
         return score(trl, teacher.model, input_ids, attention_mask, mask.size(1), preset.trl_batch_size)[0] * mask
 
     def ours(score=None, shares_prompts=False, budget=teacher.args.teacher_tokens_per_batch, advantages=None):
-        scorer = TeacherScorer(teacher, accelerator, budget)
+        scorer = TeacherScorer({"": RowScorer(teacher, accelerator, budget)})
 
         def run():
             teacher.shares_prompts = shares_prompts

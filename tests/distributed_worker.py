@@ -75,14 +75,7 @@ def shard_by_fsdp2(path, trainer, mixed_precision):
 
 
 def train_and_keep_batches(trainer, output_dir):
-    extend, kept = trainer.extend_rollout, []
-
-    def keep(batch, rewards_per_func, rows):
-        batch = extend(batch, rewards_per_func, rows)
-        kept.append((batch, rows))
-        return batch
-
-    trainer.extend_rollout = keep
+    kept = tiny.watch_batches(trainer)
     trainer.train()
     torch.save(kept, Path(output_dir, f"batches_{trainer.accelerator.process_index}.pt"))
 
@@ -122,10 +115,10 @@ def main(
         callbacks=[KillAfter(kill_after)] if kill_after else None,
     )
     if fsdp:
-        trainer.teacher_scorer.teacher = shard_by_fsdp2(teacher, trainer, fsdp)
+        trainer.teacher_scorer.scorers[""].teacher = shard_by_fsdp2(teacher, trainer, fsdp)
     if teachers:  # in the middle of training, whose batches say what each row was
         return train_and_keep_batches(trainer, output_dir)
-    rank, teacher = trainer.accelerator.process_index, trainer.teacher_scorer.teacher
+    rank, teacher = trainer.accelerator.process_index, trainer.teacher_scorer.teachers[""]
     result = {"teacher": type(teacher).__name__}
     if hang == rank:
         teacher.score = lambda *_: signal.pause()
@@ -135,7 +128,7 @@ def main(
         most = watch_parameters(teacher.model)
     if not lora:  # under ZeRO and FSDP the student is only prepared by training
         batch, tokens = make_ragged_batch(rank), count_scored_tokens(teacher)
-        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"], trainer._top_k)
+        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"], config.objective.top_k)
         result |= {"scores": scores["teacher_per_token_logps"].tolist(), "tokens": sum(tokens)}
         if "teacher_top_ids" in scores:
             torch.save(scores, Path(output_dir, f"scores_{rank}.pt"))

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import families
 
 from trl_rlad import RLADConfig, TeacherScorer
-from trl_rlad.teachers import create_teacher, local
+from trl_rlad.scoring import RowScorer
+from trl_rlad.teachers import create_teacher, loading, local
 
 
 def main(output_dir):
@@ -31,7 +32,7 @@ def main(output_dir):
         texts, images = families.make_text_rows(), []
         if "vision_config" in families.FAMILIES[name][2]:
             images = families.make_image_rows(name)
-        with local.active_deepspeed_config(None):
+        with loading.active_deepspeed_config(None):
             model = families.make_model(name)
             expected = {id(row): families.plain_scores(model, row) for row in texts + images}
             if accelerator.is_main_process:
@@ -43,7 +44,7 @@ def main(output_dir):
             if rows:
                 rows = rows[:3] if accelerator.process_index == 0 else rows[3:]
                 batch = families.make_batch(rows)
-                scorer = TeacherScorer(teacher, accelerator, tokens_per_batch=30)
+                scorer = TeacherScorer({"": RowScorer(teacher, accelerator, 30)})
                 scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
                 differences[f"{name}, {kind}"] = max(
                     (score[: len(expected[id(row)])] - expected[id(row)]).abs().max().item()

@@ -121,7 +121,7 @@ def test_anything(student_path, teacher_path, tmp_path_factory, config, rewards,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_hundred_nats(gap, dtype):
     from trl_rlad import TRRDLoss
-    from trl_rlad.teacher_kl import forward_kl, reverse_kl
+    from trl_rlad.objective.teacher_kl import forward_kl, reverse_kl
 
     logps = torch.full((2, 3), -1.0, dtype=dtype, requires_grad=True)
     teacher = (logps.detach() + gap).to(dtype)

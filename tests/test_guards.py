@@ -9,7 +9,12 @@ from trl_rlad import RLADTrainer
 
 
 LOSS, LOGPS = GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies
-MODES = [{"alpha": 0.5}, {"alpha": 1.0, "teacher_kl_coef": 0.1}, {"teacher_credit": True}]
+MODES = {
+    "trrd": {"alpha": 0.5},
+    "kl": {"alpha": 1.0, "teacher_kl_coef": 0.1},
+    "credit": {"teacher_credit": True},
+    "distillation": {"distillation_fraction": 1.0},
+}
 
 
 def ask_the_model_directly(self, model, inputs):
@@ -43,9 +48,15 @@ class MixedTrainer(Mixin, RLADTrainer):
     pass
 
 
-@pytest.fixture(params=MODES, ids=["trrd", "kl", "credit"])
-def mode(request):
-    return request.param
+# What looks at the rollouts, ours too, mustn't be taken for TRL's loss
+@pytest.fixture(params=[False, True], ids=["", "logged"])
+def log_completions(request):
+    return {"log_completions": request.param, "num_completions_to_print": 0}
+
+
+@pytest.fixture(params=MODES)
+def mode(request, log_completions):
+    return MODES[request.param] | log_completions
 
 
 def test_a_loss_that_does_not_ask(mode, make_trainer, monkeypatch):

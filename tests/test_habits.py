@@ -23,7 +23,16 @@ def test_env_names_the_versions(capsys):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert versions["trl-rlad"].split("+")[0] == setup["metadata"]["version"] == read("CITATION.cff")["version"]
-    assert {"TRL", "PyTorch", "Transformers", "DeepSpeed", "vLLM", "openai", "reasoning-gym"} <= versions.keys()
+    assert {
+        "TRL",
+        "PyTorch",
+        "Transformers",
+        "DeepSpeed",
+        "vLLM",
+        "httpx2",
+        "tenacity",
+        "reasoning-gym",
+    } <= versions.keys()
     assert "trl-rlad env" in read(".github/ISSUE_TEMPLATE/bug.yml")["body"][0]["attributes"]["description"]
 
 

@@ -156,7 +156,7 @@ def test_an_adapter_of_a_vision_language_model_as_teacher(tmp_path, student_path
             torch.nn.init.normal_(p, std=0.5)
     adapted.save_pretrained(tmp_path / "adapter")
     trainer = make_trainer(student_path, tmp_path, TEXT, teacher=str(tmp_path / "adapter"))
-    teacher, ids = trainer.teacher_scorer.teacher, torch.arange(40, 60)
+    teacher, ids = trainer.teacher_scorer.teachers[""], torch.arange(40, 60)
     with torch.no_grad():
         expected = adapted(ids[None]).logits[0, 9:-1].log_softmax(-1).gather(1, ids[10:, None])[:, 0]
     torch.testing.assert_close(teacher.score([ids[:10]], [ids[10:]])[0].logps, expected, rtol=0, atol=1e-5)

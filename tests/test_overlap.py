@@ -6,11 +6,10 @@ import threading
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from test_distributed import assert_losses, launch
 from test_teacher_scorer import CountingTeacher, make_batch
 
-from trl_rlad import RLADTrainer, TeacherScorer
+from trl_rlad import RLADTrainer
 
 
 def train(reward, student, teacher, output_dir, **kwargs):
@@ -46,7 +45,7 @@ def test_the_teacher_is_done_before_the_reward(tmp_path, student_path, teacher_p
     trainer = RLADTrainer(
         student_path, reward_after_the_teacher, config, tiny.make_dataset(), teacher_model=teacher_path
     )
-    teacher = trainer.teacher_scorer.teacher
+    teacher = trainer.teacher_scorer.teachers[""]
     score, calls = teacher.score, []
 
     def signalled(*args):
@@ -74,18 +73,19 @@ def test_errors_come_out_as_they_are(culprit, tmp_path, student_path, teacher_pa
     config = tiny.make_config(tmp_path, max_steps=1)
     trainer = RLADTrainer(student_path, reward, config, tiny.make_dataset(), teacher_model=teacher_path)
     if culprit == "teacher":
-        trainer.teacher_scorer.teacher.score = fail
+        trainer.teacher_scorer.teachers[""].score = fail
     with pytest.raises(RuntimeError, match=f"^the {culprit} has failed$"):
         trainer.train()
 
 
 def score_ahead(teacher, batch, mask):
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 30)
+    scorer = tiny.make_scorer(teacher, 30)
     lists = [
         [ids[keep].tolist() for ids, keep in zip(batch[f"{part}_ids"], batch[f"{part}_mask"].bool(), strict=True)]
         for part in ("prompt", "completion")
     ]
-    with scorer.ahead(*lists, [[1] * len(ids) for ids in lists[1]]):
+    scorer.begin(*lists, [[1] * len(ids) for ids in lists[1]])
+    with scorer.score_early():
         pass
     ahead = teacher.rows
     return ahead, scorer.score(batch, mask)

@@ -10,8 +10,9 @@ from test_distributed import launch
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_rlad import RLADTrainer, _trl
-from trl_rlad.padding import merge, select, trim
+from trl_rlad import RLADTrainer
+from trl_rlad._trl import names
+from trl_rlad._trl.padding import merge, select, trim
 
 
 def roll_out(prompts, trainer):
@@ -153,9 +154,9 @@ def make_images(counts, sizes):
 
 
 def test_images_go_along_with_their_rows():
-    batch = _trl.split_pixel_values_by_grid(make_images([1, 2, 1, 2], sizes=[3, 2]))
+    batch = names.split_pixel_values_by_grid(make_images([1, 2, 1, 2], sizes=[3, 2]))
     halves = [select(batch, rows) for rows in ([2, 1], [0, 3])]
-    rows = _trl.unsplit_pixel_values_by_grid(select(merge(halves), [3, 0, 2]))  # which are rows 3, 2 and 0
+    rows = names.unsplit_pixel_values_by_grid(select(merge(halves), [3, 0, 2]))  # which are rows 3, 2 and 0
     rows = trim(rows)
     assert rows["advantages"].tolist() == [3, 2, 0] and rows["num_images"] == [2, 1, 1]
     assert rows["pixel_values"][:, 0].tolist() == [30, 30, 30, 31, 31, 20, 20, 20, 0, 0, 0]

@@ -13,7 +13,7 @@ from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.cli import main
-from trl_rlad.probe import Estimate, recommend, report
+from trl_rlad.reports.probe import Estimate, recommend, report
 
 
 EOS = 1

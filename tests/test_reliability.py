@@ -113,9 +113,9 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
     )
     score, asked = trainer.teacher_scorer.score, []
 
-    def watch(batch, mask, top_k, prompts):
+    def watch(batch, mask, top_k, *others):
         asked.append(top_k)
-        return score(batch, mask, top_k, prompts)
+        return score(batch, mask, top_k, *others)
 
     trainer.teacher_scorer.score = watch
     trainer.train()
@@ -168,7 +168,7 @@ def test_a_teacher_that_is_put_back_to_training_has_no_dropout(student_path, tmp
     teacher.config._name_or_path = student_path  # its tokenizer
     trainer = make_trainer(student_path, teacher, tmp_path)
     rows = [torch.arange(4, 9)], [torch.arange(9, 20)]
-    scorer = trainer.teacher_scorer.teacher
+    scorer = trainer.teacher_scorer.teachers[""]
     with scorer.placed():
         expected = scorer.score(*rows)[0].logps
     teacher.train()
@@ -212,16 +212,16 @@ def test_the_teacher_is_found_where_it_is_said_to_be(student_path, tmp_path):
     tiny.save_model(tmp_path / "family" / "small", seed=1)
     kwargs = {"subfolder": "small"}
     trainer = make_trainer(student_path, str(tmp_path / "family"), tmp_path, teacher_model_init_kwargs=kwargs)
-    assert len(trainer.teacher_scorer.teacher.tokenizer) == 32
+    assert len(trainer.teacher_scorer.teachers[""].tokenizer) == 32
 
 
 def test_trusting_the_students_code_is_not_trusting_the_teachers(student_path, teacher_path, tmp_path):
-    teacher = make_trainer(student_path, teacher_path, tmp_path, trust_remote_code=True).teacher_scorer.teacher
+    teacher = make_trainer(student_path, teacher_path, tmp_path, trust_remote_code=True).teacher_scorer.teachers[""]
     assert not teacher.init_kwargs.get("trust_remote_code") and "trust_remote_code" not in teacher.hub_kwargs
     kwargs = {"trust_remote_code": True}
     teacher = make_trainer(
         student_path, teacher_path, tmp_path, teacher_model_init_kwargs=kwargs
-    ).teacher_scorer.teacher
+    ).teacher_scorer.teachers[""]
     assert teacher.init_kwargs["trust_remote_code"] and teacher.hub_kwargs["trust_remote_code"]
 
 
@@ -242,16 +242,16 @@ def test_an_infinite_reward_stops_training(bad, student_path, teacher_path, tmp_
 
 def test_a_loss_that_is_not_finite_stops_training_before_the_update(student_path, teacher_path, tmp_path):
     trainer = make_trainer(student_path, teacher_path, tmp_path, teacher_kl_coef=0.1)
-    get_penalty, weights = trainer.get_penalty, []
+    guide, weights = trainer.guide.guide, []
 
-    def poisoned(per_token_logps, batch):
-        penalty = get_penalty(per_token_logps, batch)
+    def poisoned(*args):
+        guidance = guide(*args)
         if trainer.state.global_step == 2:
             weights.extend(p.detach().clone() for p in trainer.model.parameters())
-            penalty[0, 0] = float("nan")
-        return penalty
+            guidance.penalty[0, 0] = float("nan")
+        return guidance
 
-    trainer.get_penalty = poisoned
+    trainer.guide.guide = poisoned
     with pytest.raises(FloatingPointError, match="loss of step 3 isn't finite. Training stops before the update"):
         trainer.train()
     assert all(torch.equal(*pair) for pair in zip(weights, trainer.model.parameters(), strict=True))
@@ -380,7 +380,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(student_path, teacher_path, tmp_
 def test_a_row_of_32k_tokens(student_path, tmp_path):
     # Against the same text in one pass over the model, a chunk of logits at a time
     teacher = tiny.save_model(tmp_path / "teacher", seed=1, positions=2**15)
-    scorer = make_trainer(student_path, teacher, tmp_path).teacher_scorer.teacher
+    scorer = make_trainer(student_path, teacher, tmp_path).teacher_scorer.teachers[""]
     ids = torch.randint(4, 32, (2**15,), generator=torch.Generator().manual_seed(0))
     with scorer.placed():
         logps = scorer.score([ids[:100]], [ids[100:]])[0].logps

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from trl_rlad import RLADTrainer
-from trl_rlad.callbacks import MetricsTable
+from trl_rlad.reports.metrics_table import MetricsTable
 from trl_rlad.rollouts import describe_rollouts, read_rollouts, split_text
 
 
@@ -38,9 +38,14 @@ def run(tmp_path_factory, student_path):
     )
     data = tiny.make_dataset()
     trainer = RLADTrainer(student_path, tiny.reward, args, data, data.select(range(4)), teacher_model=teacher_path)
-    seen = []
-    inner = trainer.see_tokens
-    trainer.see_tokens = lambda *compared: (seen.append(compared), inner(*compared))
+    seen, inner = [], trainer.guide.guide
+
+    def watch(logps, old, batch):
+        guidance = inner(logps, old, batch)
+        seen.append((logps, old, guidance.anchor, batch))
+        return guidance
+
+    trainer.guide.guide = watch
     trainer.train()
     return trainer, folder, seen
 

@@ -31,20 +31,12 @@ def make_dataset(names=None, prompts=None):
     return dataset
 
 
-class WatchedTrainer(RLADTrainer):
-    """Keeps each generation batch with the rows that it was made of."""
-
-    def extend_rollout(self, batch, rewards_per_func, rows):
-        batch = super().extend_rollout(batch, rewards_per_func, rows)
-        self.seen = [*getattr(self, "seen", []), (batch, rows)]
-        return batch
-
-
 def train(student, teachers, dataset, folder, reward=tiny.reward, **kwargs):
     # Two groups in a batch
     settings = {"per_device_train_batch_size": 8, "max_steps": 3} | kwargs
     args = tiny.make_config(folder, **settings)
-    trainer = WatchedTrainer(student, reward, args, dataset, teacher_model=teachers)
+    trainer = RLADTrainer(student, reward, args, dataset, teacher_model=teachers)
+    trainer.seen = tiny.watch_batches(trainer)
     trainer.train()
     return trainer
 
@@ -227,7 +219,8 @@ def test_adapters_of_one_base_share_it(reward, offload, student_path, teacher_pa
     trainer = train(student_path, teachers, dataset, tmp_path / "out", reward, teacher_offload=offload, max_steps=4)
     paths = {**merged, "small": teacher_path}
     assert assert_scores(trainer, lambda row: paths[row["teacher_id"]]) == set(paths.values())
-    assert not trainer._bases, "when training has ended, nobody holds the base any more"
+    bases = trainer.teacher_scorer.teachers["plus"].bases
+    assert not bases, "when training has ended, nobody holds the base any more"
 
     scorers = trainer.teacher_scorer.scorers
     for _ in range(2):  # as after an evaluation that has had it loaded again
@@ -236,5 +229,5 @@ def test_adapters_of_one_base_share_it(reward, offload, student_path, teacher_pa
                 assert not any(parameter.requires_grad for parameter in scorer.teacher.model.parameters())
         models = [scorers[name].teacher.model for name in paths]
         assert models[0] is models[1] and len(set(map(id, models))) == 3
-        assert len(trainer._bases) == 1
+        assert len(bases) == 1
         trainer.teacher_scorer.release()

@@ -9,14 +9,12 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from teacher_server import FAULTS, TeacherServer, echo_key, right, set_last, status, stuck
 from tenacity import wait_none
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
 
 from trl_rlad import RLADTrainer, cli, served_scorer
-from trl_rlad.served_scorer import ServedScorer
 from trl_rlad.teachers import ServedTeacher, ServerError, client
 
 
@@ -42,7 +40,7 @@ def make_scorer(folder, *servers, failure="raise", **kwargs):
     teacher = ServedTeacher(urls, None, make_args(folder, urls, **kwargs))
     for server in servers:
         server.requests.clear()
-    return ServedScorer(teacher, Accelerator(cpu=True), 1, shared_ids=range(40), failure=failure)
+    return tiny.make_scorer(teacher, 1, nameable_ids=range(40), on_failure=failure)
 
 
 def assert_right(scorer, teacher_path, seed=0):
@@ -280,7 +278,7 @@ def test_rows_without_advantage_are_called_back(serve, student_path, tmp_path):
     server, sent = serve(), []
 
     def reward(completions, **kwargs):
-        sent.extend(trainer.teacher_scorer._sent.values())
+        sent.extend(trainer.teacher_scorer.scorers[""]._sent.values())
         return [1.0] * len(completions)
 
     args = make_args(tmp_path, server.url, max_steps=2, patience=1000.0)

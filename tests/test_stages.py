@@ -32,8 +32,8 @@ def test_the_coefficient_moves_in_a_straight_line(tmp_path, student_path, teache
 
 def test_both_ends_of_the_line_are_exact(tmp_path):
     config = tiny.make_config(tmp_path, teacher_kl_coef=0.3, teacher_kl_coef_final=0.1)
-    assert (config.teacher_kl_coef_at(0.0), config.teacher_kl_coef_at(1.0)) == (0.3, 0.1)
-    assert tiny.make_config(tmp_path, teacher_kl_coef=0.3).teacher_kl_coef_at(0.7) == 0.3
+    assert (config.objective.at(0.0).kl_coef, config.objective.at(1.0).kl_coef) == (0.3, 0.1)
+    assert tiny.make_config(tmp_path, teacher_kl_coef=0.3).objective.at(0.7).kl_coef == 0.3
 
 
 def test_a_teacher_that_has_a_say_later_is_there_from_the_start(tmp_path, student_path, teacher_path):
@@ -69,7 +69,7 @@ def test_distil_then_reinforce(tmp_path, student_path, teacher_path):
     trainer = train(student_path, teacher_path, tmp_path, **kwargs)
     assert logged(trainer, "teacher/kl_coef") == [1.0] * 3 + [0.0] * 3
     assert [kl is not None for kl in logged(trainer, "teacher/kl")] == [True] * 3 + [False] * 3
-    assert trainer.teacher_scorer.teacher.model is None and trainer.teacher_scorer.calls == 3
+    assert trainer.teacher_scorer.teachers[""].model is None and trainer.teacher_scorer.calls == 3
     # The second half is GRPO
     assert [time is not None for time in logged(trainer, "teacher/scoring_time")] == [True] * 3 + [False] * 3
 

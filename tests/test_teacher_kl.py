@@ -10,7 +10,7 @@ from test_loss import BETA, B, make_batch, make_logps
 from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer
-from trl_rlad.teacher_kl import forward_kl, named_entropy, reverse_kl
+from trl_rlad.objective.teacher_kl import forward_kl, named_entropy, reverse_kl
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ REWARDS = torch.tensor([[0.0], [0.5], [0.0], [1.0], [0.0], [0.0], [-1.0], [float
 )
 def test_rows(make_trainer, rows, success_reward, expected):
     trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_on=rows, success_reward=success_reward)
-    assert trainer._select_kl_rows(REWARDS).int().tolist() == expected
+    assert trainer.guide.select_for_kl(REWARDS).int().tolist() == expected
 
 
 def test_rows_go_by_the_weighted_sum_of_the_rewards(make_trainer):
     trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_on="failed")
     trainer.reward_weights = torch.tensor([1.0, 0.0])
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-    assert trainer._select_kl_rows(rewards).tolist() == [False, True, False, True]
+    assert trainer.guide.select_for_kl(rewards).tolist() == [False, True, False, True]
 
 
 def run(student_path, teacher_path, output_dir, **kwargs):

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from trl_rlad import TeacherScorer
 from trl_rlad.teachers import LocalTeacher, TokenScores
 
 
@@ -55,7 +54,7 @@ def naive_log_probs(path, batch, temperature):
 @pytest.mark.parametrize("tokens_per_batch", [1, 30, 1000])
 def test_scores_equal_single_unpadded_forwards(temperature, tokens_per_batch, tmp_path, teacher_path):
     batch = make_batch()
-    scorer = TeacherScorer(make_teacher(teacher_path, tmp_path, temperature), Accelerator(cpu=True), tokens_per_batch)
+    scorer = tiny.make_scorer(make_teacher(teacher_path, tmp_path, temperature), tokens_per_batch)
     scores = scorer.score(batch, batch["completion_mask"])
     expected = naive_scores(teacher_path, batch, temperature)
     assert scores["teacher_per_token_logps"].dtype == torch.float32
@@ -95,7 +94,7 @@ def test_rows_and_tokens_that_are_not_wanted_are_left_out():
     wanted[[1, 2, 4]] = 0
     wanted[:, 2] = 0
     teacher = CountingTeacher()
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), 30).score(batch, wanted)
+    scores = tiny.make_scorer(teacher, 30).score(batch, wanted)
     assert teacher.rows == 4
     assert torch.equal(scores["teacher_mask"], wanted.bool())
     assert torch.equal(scores["teacher_per_token_logps"], -wanted.float())
@@ -105,7 +104,7 @@ def test_equal_rows_are_scored_once():
     batch = {name: value[[0, 1, 0, 0, 1, 2]] for name, value in make_batch().items()}
     batch["prompt_ids"][3] += 1  # the same completion of another prompt
     teacher = CountingTeacher()
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), 30).score(batch, batch["completion_mask"])
+    scores = tiny.make_scorer(teacher, 30).score(batch, batch["completion_mask"])
     assert teacher.rows == 4
     assert torch.equal(scores["teacher_per_token_logps"], -batch["completion_mask"].float())
 
@@ -120,7 +119,7 @@ def test_what_comes_behind_the_last_wanted_token_is_not_run(tmp_path, teacher_pa
         return score(prompts, completions, *args)
 
     teacher.score = record
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), 30).score(batch, wanted)
+    scores = tiny.make_scorer(teacher, 30).score(batch, wanted)
     assert sorted(longest) == sorted(wanted.sum(1).tolist())
     expected = naive_scores(teacher_path, batch, 1.0) * wanted
     torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
@@ -129,16 +128,14 @@ def test_what_comes_behind_the_last_wanted_token_is_not_run(tmp_path, teacher_pa
 def test_tokens_the_teacher_does_not_know_are_left_to_the_policy():
     batch = make_batch()
     batch["completion_ids"][:, 0] = 3
-    scores = TeacherScorer(CountingTeacher(), Accelerator(cpu=True), 30, unknown_ids=[3]).score(
-        batch, batch["completion_mask"]
-    )
+    scores = tiny.make_scorer(CountingTeacher(), 30, unknown_ids=[3]).score(batch, batch["completion_mask"])
     assert not scores["teacher_mask"][:, 0].any()
     assert torch.equal(scores["teacher_mask"][:, 1:], batch["completion_mask"][:, 1:].bool())
 
 
 def test_a_batch_without_any_wanted_token():
     batch, teacher = make_batch(), CountingTeacher()
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), 30).score(batch, torch.zeros(7, 9))
+    scores = tiny.make_scorer(teacher, 30).score(batch, torch.zeros(7, 9))
     assert teacher.rows == 0 and not scores["teacher_mask"].any()
 
 
@@ -146,14 +143,14 @@ def test_a_batch_without_any_wanted_token():
 def test_scores_that_are_not_finite_raise(value):
     batch = make_batch()
     with pytest.raises(FloatingPointError, match="not finite.*teacher_model_init_kwargs"):
-        TeacherScorer(CountingTeacher(value), Accelerator(cpu=True), 30).score(batch, batch["completion_mask"])
+        tiny.make_scorer(CountingTeacher(value), 30).score(batch, batch["completion_mask"])
 
 
 def test_an_id_beyond_the_teachers_vocabulary_raises():
     batch = make_batch()
     batch["completion_ids"][0, 0] = 32
     with pytest.raises(ValueError, match="token id 32, but the teacher's vocabulary has only 32 rows"):
-        TeacherScorer(CountingTeacher(), Accelerator(cpu=True), 30).score(batch, batch["completion_mask"])
+        tiny.make_scorer(CountingTeacher(), 30).score(batch, batch["completion_mask"])
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False])
@@ -178,7 +175,7 @@ def test_any_rows_and_budget_give_each_row_its_own_scores(
     }
     teacher = make_teacher(teacher_path, tmp_path)
     teacher.shares_prompts = shares_prompts
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), tokens_per_batch).score(batch, batch["completion_mask"])
+    scores = tiny.make_scorer(teacher, tokens_per_batch).score(batch, batch["completion_mask"])
     expected = naive_scores(teacher_path, batch, 1.0)
     torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
 
@@ -191,7 +188,7 @@ def test_a_shared_prompt_runs_once(tmp_path, teacher_path):
     teacher.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), 1000).score(batch, batch["completion_mask"])
+    scores = tiny.make_scorer(teacher, 1000).score(batch, batch["completion_mask"])
     longest = batch["completion_mask"].sum(1).max().item()
     assert widths == [(1, 30), (4, longest - 1)]
     torch.testing.assert_close(
@@ -201,7 +198,7 @@ def test_a_shared_prompt_runs_once(tmp_path, teacher_path):
 
 def test_the_teacher_is_let_go_when_training_has_ended():
     teacher = CountingTeacher()
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 30)
+    scorer = tiny.make_scorer(teacher, 30)
     scorer.on_train_begin(None, None, None)
     scorer.on_evaluate(None, None, None)
     assert not teacher.released
@@ -234,7 +231,7 @@ def assert_names(scores, path, batch, k, temperature=1.0, shared=40):
 @pytest.mark.parametrize(("k", "tokens_per_batch"), [(1, 1), (4, 30), (40, 1000), (99, 1000)])
 def test_the_teacher_names_its_likeliest_tokens(k, tokens_per_batch, temperature, tmp_path, teacher_path):
     batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path, temperature)
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), tokens_per_batch, shared_ids=range(40))
+    scorer = tiny.make_scorer(teacher, tokens_per_batch, nameable_ids=range(40))
     assert_names(scorer.score(batch, batch["completion_mask"], k), teacher_path, batch, min(k, 40), temperature)
 
 
@@ -242,14 +239,14 @@ def test_names_on_a_shared_prompt(tmp_path, teacher_path):
     batch = make_batch(rows=4, prompt=30, completion=3) | {"prompt_mask": torch.ones(4, 30, dtype=torch.long)}
     batch["prompt_ids"] = batch["prompt_ids"][:1].expand(4, -1)
     teacher = make_teacher(teacher_path, tmp_path)
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000, shared_ids=range(40))
+    scorer = tiny.make_scorer(teacher, 1000, nameable_ids=range(40))
     assert_names(scorer.score(batch, batch["completion_mask"], 3), teacher_path, batch, 3)
 
 
 def test_a_token_the_student_does_not_share_is_not_named(tmp_path, teacher_path):
     batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path)
-    everything = TeacherScorer(teacher, Accelerator(cpu=True), 1000, shared_ids=range(40))
-    shared = TeacherScorer(teacher, Accelerator(cpu=True), 1000, shared_ids=range(4, 20))
+    everything = tiny.make_scorer(teacher, 1000, nameable_ids=range(40))
+    shared = tiny.make_scorer(teacher, 1000, nameable_ids=range(4, 20))
     everything, shared = (scorer.score(batch, batch["completion_mask"], 5) for scorer in (everything, shared))
     known = (everything["teacher_top_ids"] >= 4) & (everything["teacher_top_ids"] < 20)
     assert 0 < known.sum() < known.numel()

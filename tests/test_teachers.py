@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from test_teacher_scorer import make_batch, naive_scores
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
-from trl_rlad import RLADTrainer, TeacherScorer
+from trl_rlad import RLADTrainer
 from trl_rlad.teachers import LocalTeacher, create_teacher
 
 
@@ -19,7 +19,7 @@ LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM
 
 
 def score(teacher, batch):
-    scores = TeacherScorer(teacher, Accelerator(cpu=True), 40).score(batch, batch["completion_mask"])
+    scores = tiny.make_scorer(teacher, 40).score(batch, batch["completion_mask"])
     return scores["teacher_per_token_logps"]
 
 
@@ -80,7 +80,7 @@ def test_the_students_base_as_teacher(tmp_path, student_path):
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
     assert moved and all("lora" in name for name in moved)
 
-    teacher, batch = trainer.teacher_scorer.teacher, make_batch()
+    teacher, batch = trainer.teacher_scorer.teachers[""], make_batch()
     trainer.model.train()
     torch.testing.assert_close(score(teacher, batch), naive_scores(student_path, batch, 1.0), rtol=0, atol=1e-5)
     assert trainer.model.training and trainer.model.active_adapters == ["default"], "the student should be as before"
@@ -163,7 +163,7 @@ def test_a_cache_that_cannot_be_shared(tmp_path, teacher_path, monkeypatch, capl
     monkeypatch.setattr("transformers.DynamicCache.batch_repeat_interleave", refuse)
     teacher, batch = make_teacher(teacher_path, tmp_path), make_batch(rows=4, prompt=30, completion=4)
     batch |= {"prompt_mask": torch.ones(4, 30, dtype=torch.long), "prompt_ids": batch["prompt_ids"][:1].expand(4, -1)}
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000)
+    scorer = tiny.make_scorer(teacher, 1000)
     scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
     torch.testing.assert_close(scores, naive_scores(teacher_path, batch, 1.0), rtol=0, atol=1e-5)
     assert "can't be shared" in caplog.text and not teacher.shares_prompts
@@ -180,7 +180,7 @@ def test_a_teacher_that_runs_out_of_memory_takes_smaller_batches(tmp_path, teach
         return score_rows(prompts, completions, *args)
 
     teacher.score = score_few
-    scorer = TeacherScorer(teacher, Accelerator(cpu=True), 1000)
+    scorer = tiny.make_scorer(teacher, 1000)
     scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
     torch.testing.assert_close(scores, naive_scores(teacher_path, batch, 1.0), rtol=0, atol=1e-5)
     assert "`teacher_tokens_per_batch=" in caplog.text and scorer.tokens_per_batch < 60

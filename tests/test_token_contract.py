@@ -1,7 +1,7 @@
 import pytest
 import tiny
 
-from trl_rlad.token_contract import find_shared_ids, find_unknown_ids
+from trl_rlad.teachers.contract import find_nameable_ids, find_unknown_ids
 
 
 def test_same_tokenizer():
@@ -46,9 +46,9 @@ def test_a_teacher_that_knows_next_to_nothing_is_refused():
 
 def test_what_the_teacher_may_name():
     student = tiny.make_tokenizer()
-    assert find_shared_ids(student, tiny.make_tokenizer([*tiny.WORDS, "more"]), [], [1]) == list(range(32))
-    assert find_shared_ids(student, student, [5, 7], [1]) == [i for i in range(32) if i not in (5, 7)]
+    assert find_nameable_ids(student, tiny.make_tokenizer([*tiny.WORDS, "more"]), [], [1]) == list(range(32))
+    assert find_nameable_ids(student, student, [5, 7], [1]) == [i for i in range(32) if i not in (5, 7)]
     # The end of a turn that isn't one for the student
     instruct = tiny.make_tokenizer(eos_token="<end>")
-    assert find_shared_ids(student, instruct, [1], [1]) == [0, *range(3, 32)]
-    assert find_shared_ids(student, instruct, [1], [1, 2]) == [0, *range(2, 32)]
+    assert find_nameable_ids(student, instruct, [1], [1]) == [0, *range(3, 32)]
+    assert find_nameable_ids(student, instruct, [1], [1, 2]) == [0, *range(2, 32)]

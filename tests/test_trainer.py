@@ -154,7 +154,7 @@ def test_how_the_teacher_is_run_changes_nothing(tmp_path, student_path, teacher_
             Dataset.from_dict({"prompt": prompts}),
             teacher_model=teacher_path,
         )
-        trainer.teacher_scorer.teacher.shares_prompts = shares_prompts
+        trainer.teacher_scorer.teachers[""].shares_prompts = shares_prompts
         trainer.train()
         runs.append(trainer)
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4, abs=1e-5)
@@ -168,8 +168,8 @@ def test_the_teacher_is_frozen(as_path, tmp_path, student_path, teacher_path):
     before = AutoModelForCausalLM.from_pretrained(teacher_path).state_dict()
     trainer = make_rlad(student_path, tmp_path, teacher, save_strategy="steps", save_steps=5)
     trainer.train()
-    with trainer.teacher_scorer.teacher.placed():
-        model = trainer.teacher_scorer.teacher.model
+    with trainer.teacher_scorer.teachers[""].placed():
+        model = trainer.teacher_scorer.teachers[""].model
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -248,7 +248,7 @@ def test_different_padded_vocabularies_are_fine(tmp_path, student_path):
     teacher = tiny.save_model(tmp_path / "teacher", seed=3, vocab_size=smaller + 64)
     trainer = make_rlad(student_path, tmp_path, teacher)
     trainer.train()
-    assert trainer.teacher_scorer.teacher.vocab_size == 96
+    assert trainer.teacher_scorer.teachers[""].vocab_size == 96
 
 
 def test_default_arguments(student_path, teacher_path, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """
-Every private name of TRL that `trl_rlad/_trl.py` relies on. A failure here names what has moved in the installed TRL.
+Every private name of TRL that `trl_rlad/_trl/` relies on. A failure here names what has moved in the installed TRL.
 """
 
 import inspect
@@ -12,8 +12,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 from trl.trainer import utils
 
-import trl_rlad._trl
-from trl_rlad import padding
+from trl_rlad._trl import names, padding
 
 
 SOURCE = inspect.getsource(GRPOTrainer)
@@ -68,7 +67,7 @@ def test_the_loss_scores_once_and_then_reads_the_old_log_probs():
 
 
 def test_every_use_of_the_old_log_probs_in_the_loss_is_known():
-    # Its reading, its default, the off-policy mask's default, and the ratio: a new use needs a decision in _trl.py
+    # Its reading, its default, the off-policy mask's default, and the ratio: a new use needs a decision in trl_rlad/_trl
     code = re.sub(r"#.*", "", LOSS)
     assert len(re.findall(r"\bold_per_token_logps\b", code)) == 7
     # the ratio: token level, sequence level, VESPO
@@ -139,10 +138,10 @@ def test_attributes_of_the_trainer(attribute):
 
 
 def test_what_a_model_is_given_for_images():
-    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
-    others = set(names[: names.index("compute_aux_loss") + 1]) | {"num_images", "num_tiles"}
-    assert set(trl_rlad._trl.IMAGE_INPUTS) == set(names) - others
-    for name in (*trl_rlad._trl.IMAGE_INPUTS, "num_images"):
+    inputs = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    others = set(inputs[: inputs.index("compute_aux_loss") + 1]) | {"num_images", "num_tiles"}
+    assert set(names.IMAGE_INPUTS) == set(inputs) - others
+    for name in (*names.IMAGE_INPUTS, "num_images"):
         assert f'output["{name}"]' in inspect.getsource(GRPOTrainer._generate_and_score_completions)
     batch = {
         "num_images": [1, 2],
@@ -153,7 +152,7 @@ def test_what_a_model_is_given_for_images():
 
 
 def test_loss_types_that_clip():
-    line = f"if self.loss_type in {list(trl_rlad._trl.CLIPPED_LOSS_TYPES)}:".replace("'", '"')
+    line = f"if self.loss_type in {list(names.CLIPPED_LOSS_TYPES)}:".replace("'", '"')
     assert line in LOSS[LOSS.index("is_low_clipped") - 200 :]
 
 
@@ -175,7 +174,7 @@ def test_functions():
 
 
 def test_what_the_logits_are_multiplied_by():
-    # `logit_scale` in _trl.py repeats TRL's rule. A name more here needs one more there
+    # `logit_scale` in trl_rlad/_trl repeats TRL's rule. A name more here needs one more there
     source = inspect.getsource(utils.add_fused_lm_head)
     source = source[: source.index("def _fused_forward")]
     names = re.findall(r'getattr\(text_config, "(\w+)"', source)
@@ -190,7 +189,7 @@ def test_what_the_logits_are_multiplied_by():
 
 
 def test_the_backbone_runs_within_the_forward():
-    # `LMHead.listen` hooks it there
+    # `LMHead.on_hidden_states` hooks it there
     source = inspect.getsource(utils.add_fused_lm_head)
     assert 'backbone_attr = "base_model"' in source and "getattr(self, backbone_attr)(*args, **kwargs)" in source
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_rlad import TRRDLoss
-from trl_rlad.trrd import clip_causes, sequence_log_ratio
+from trl_rlad.objective.clipping import clip_causes, sequence_log_ratio
 
 
 def reference_log_ratio(current, old, teacher, alpha, clip):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_rlad.commands.view import main
-from trl_rlad.view import _curve, render
+from trl_rlad.reports.view import _curve, render
 
 
 def record(text="ok", gap=0.0, advantage=1.0, clipped=0, step=1, group=0):

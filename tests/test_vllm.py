@@ -14,14 +14,12 @@ from urllib.request import urlopen
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from test_routing import MODES, train
 from test_server import make_args
 from test_teacher_scorer import assert_names, make_batch, naive_scores
 from transformers import TrainerCallback
 
 from trl_rlad import RLADTrainer
-from trl_rlad.served_scorer import ServedScorer
 from trl_rlad.teachers import ServedTeacher
 
 
@@ -89,7 +87,7 @@ def ready(servers, tmp_path_factory):
 @pytest.mark.parametrize("top_k", [0, 3, 20])
 def test_scores_are_the_local_ones(top_k, ready, teacher_path, tmp_path):
     teacher = ServedTeacher([ready[0].url], None, make_args(tmp_path, ready[0].url))
-    scorer = ServedScorer(teacher, Accelerator(cpu=True), 1, shared_ids=range(40))
+    scorer = tiny.make_scorer(teacher, 1, nameable_ids=range(40))
     for seed in range(3):
         batch = make_batch(seed, rows=20, prompt=30, completion=50)
         scores = scorer.score(batch, batch["completion_mask"], top_k)

@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,7 +17,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from trl_rlad import RLADConfig
+from trl_rlad import RLADConfig, TeacherScorer
+from trl_rlad.scoring import RowScorer, ServedRowScorer
+from trl_rlad.teachers import ServedTeacher, TokenContract
 
 
 # One of Qwen's own, which knows tools and images
@@ -181,3 +184,23 @@ def make_config(output_dir, cls=RLADConfig, **kwargs):
         "epsilon_high": 0.28,
     }
     return cls(str(output_dir), **{**defaults, **kwargs})
+
+
+def make_scorer(teacher, tokens_per_batch=1000, unknown_ids=(), nameable_ids=(), **kwargs):
+    """A scorer of one teacher, on one process; of a served one with its `on_failure`."""
+    parts = teacher, Accelerator(cpu=True), tokens_per_batch, TokenContract(teacher, unknown_ids, nameable_ids)
+    is_served = isinstance(teacher, ServedTeacher)
+    return TeacherScorer({"": ServedRowScorer(*parts, **kwargs) if is_served else RowScorer(*parts)})
+
+
+def watch_batches(trainer):
+    """A list to which training adds each generation batch, with the rows that it was made of."""
+    finish, seen = trainer.guide.finish, []
+
+    def watch(batch, rewards_per_func, rows):
+        batch = finish(batch, rewards_per_func, rows)
+        seen.append((batch, rows))
+        return batch
+
+    trainer.guide.finish = watch
+    return seen

@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import RLADConfig
-    from .teacher_scorer import TeacherScorer
+    from .objective.trrd import TRRDLoss
+    from .scoring import TeacherScorer
     from .trainer import RLADTrainer
-    from .trrd import TRRDLoss
 
 __all__ = ["RLADConfig", "RLADTrainer", "TRRDLoss", "TeacherScorer"]
 __version__ = version("trl-rlad")
 
 # Where each name is, imported when it is asked for: TRL takes seconds, and `trl-rlad --help` has no use for it
-_MODULES = {"RLADConfig": "config", "RLADTrainer": "trainer", "TRRDLoss": "trrd", "TeacherScorer": "teacher_scorer"}
+_MODULES = {
+    "RLADConfig": "config",
+    "RLADTrainer": "trainer",
+    "TRRDLoss": "objective.trrd",
+    "TeacherScorer": "scoring",
+}
 
 
 def __getattr__(name: str):

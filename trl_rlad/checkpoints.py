@@ -18,7 +18,7 @@ from .teachers import Teacher
 
 logger = get_logger(__name__)
 
-# What moves a teacher and bounds its memory, and leaves its scores alone
+# Settings that don't change the scores
 _WITHOUT_EFFECT = {
     "teacher_offload",
     "teacher_server_urls",
@@ -55,13 +55,7 @@ def describe_teacher(teacher: Teacher, temperature: float) -> dict[str, Any]:
 
 class RunRecord(TrainerCallback):
     """
-    Writes the teacher and the objective of a run into each of its checkpoints, and compares them on resumption.
-
-    Args:
-        args ([`RLADConfig`]):
-            Configuration of the run.
-        teachers (`dict[str, Teacher]`):
-            Its teachers by name.
+    Writes the teachers, by name, and the objective of a run into each of its checkpoints, and compares them on resumption.
     """
 
     file_name = "rlad.json"
@@ -82,11 +76,8 @@ class RunRecord(TrainerCallback):
 
     def compare(self, checkpoint: str):
         """
-        Raises a `ValueError` if a checkpoint is of a run with another teacher, and warns if the settings differ.
-
-        Args:
-            checkpoint (`str`):
-                Its folder. If it has no record, nothing is known.
+        Raises a `ValueError` if the checkpoint in a folder is of a run with another teacher, and warns if the settings differ. If
+        it has no record, nothing is known.
         """
         path = Path(checkpoint, self.file_name)
         if not path.exists():

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ._trl import gather_lm_head, logit_scale
+from ._trl.names import gather_lm_head, logit_scale
 
 
 # Elements of the logits, or of the rows of the LM head, that are held at once
@@ -34,7 +34,7 @@ class LMHead:
         self.cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     @contextmanager
-    def listen(self, function: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def on_hidden_states(self, function: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """
         Within the context, call `function` with the last hidden states `(B, L, H)` of each forward pass. It is called
         inside of the model's forward, the only place where the LM head of a sharded model can be had.

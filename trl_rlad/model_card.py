@@ -3,74 +3,43 @@
 import re
 import shlex
 import sys
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, get_token
+from transformers import TrainerState
 
-from ._trl import run_links
-
-
-if TYPE_CHECKING:
-    from .trainer import RLADTrainer
+from ._trl.names import run_links
+from .config import RLADConfig
+from .objective.schedule import Objective
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-PACKAGES = (
-    "trl-rlad",
-    "trl",
-    "transformers",
-    "accelerate",
-    "torch",
-    "datasets",
-    "tokenizers",
-    "peft",
-    "deepspeed",
-    "vllm",
-)
-OBJECTIVE = (
-    "alpha",
-    "teacher_log_ratio_clip",
-    "teacher_credit",
-    "teacher_kl_coef",
-    "teacher_kl",
-    "teacher_top_k",
-    "teacher_kl_on",
-    "success_reward",
-    "distillation_fraction",
-)
+PACKAGES = "trl-rlad trl transformers accelerate torch datasets tokenizers peft deepspeed vllm".split()
+OBJECTIVE = [each.name for each in fields(Objective) if each.name != "teacher_kl_coef_final"] + ["success_reward"]
 SCHEDULE = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_generations",
-    "max_completion_length",
-    "temperature",
-    "loss_type",
-    "epsilon",
-    "epsilon_high",
-    "beta",
-    "seed",
-)
+    "learning_rate lr_scheduler_type warmup_steps num_generations max_completion_length temperature loss_type epsilon "
+    "epsilon_high beta seed"
+).split()
 
 
-def write_model_card(trainer: "RLADTrainer", teachers: dict[str, dict[str, Any]], dataset_name: str | None):
+def write_model_card(
+    args: RLADConfig,
+    state: TrainerState,
+    num_processes: int,
+    teachers: dict[str, dict[str, Any]],
+    dataset_name: str | None,
+    hub_model_id: str | None,
+    paper: dict[str, str],
+):
     """
-    Write the card of a student in the place of TRL's, of which only the metadata is kept.
-
-    Args:
-        trainer ([`RLADTrainer`]):
-            Has written TRL's card, a `README.md` in its output folder. The picture of training is drawn beside it, where
-            there is matplotlib.
-        teachers (`dict[str, dict[str, Any]]`):
-            What is known of each teacher, see [`~trl_rlad.checkpoints.describe_teacher`].
-        dataset_name (`str`, *optional*):
-            Name of the dataset.
+    Write the card of a student in the place of TRL's, a `README.md` in `args.output_dir`, of which only the metadata is kept.
+    `teachers` are described as by [`~trl_rlad.checkpoints.describe_teacher`]. Where there is matplotlib, training is drawn.
     """
-    args, log_history, num_processes = trainer.args, trainer.state.log_history, trainer.accelerator.num_processes
-    path = Path(str(args.output_dir), "README.md")
+    log_history, path = state.log_history, Path(str(args.output_dir), "README.md")
     data = ModelCard.load(path).data
     values = args.to_dict()
     if args.teacher_kl_coef_final is not None:
@@ -79,7 +48,7 @@ def write_model_card(trainer: "RLADTrainer", teachers: dict[str, dict[str, Any]]
         "Teacher": ", ".join(name_teacher(each, args.teacher_model_revision) for each in teachers.values()) or "none",
         "Dataset": dataset_name or "not named",
         **{f"`{name}`": values[name] for name in OBJECTIVE},
-        "Steps": trainer.state.global_step,
+        "Steps": state.global_step,
         "Completions in a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
         **{f"`{name}`": values[name] for name in SCHEDULE},
     }
@@ -88,8 +57,8 @@ def write_model_card(trainer: "RLADTrainer", teachers: dict[str, dict[str, Any]]
         template_path=str(TEMPLATE),
         model_name=data.model_name or path.parent.name,
         base_model=data.base_model,
-        hub_model_id=trainer.hub_model_id,
-        paper=trainer._paper,
+        hub_model_id=hub_model_id,
+        paper=paper,
         evaluations=tabulate(log_history),
         picture=draw(log_history, path.with_name("training.png")),
         links=run_links(),

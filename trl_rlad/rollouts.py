@@ -8,9 +8,6 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ._trl import CLIPPED_LOSS_TYPES
-from .trrd import clip_causes, sequence_log_ratio
-
 
 FOLDER = "rollouts"  # in a run's `output_dir`
 GROUPS = 4  # of one generation batch: enough to see what happens, and a few hundred KB each
@@ -48,8 +45,8 @@ def describe_rollouts(
             Which rows. `None` takes all.
 
     Returns:
-        `list[dict]`: with `prompt`, a text, `ids` and `tokens`, lists of numbers and of texts, and the columns: a number, or
-        a list of one for each token. What is NaN, since nobody has a say there, is `None`.
+        `list[dict]`: with `prompt`, `ids`, `tokens` (a text for each id), and the columns: a number or a list of one for each
+        token, `None` for NaN.
     """
     prompts, completions = (
         [ids[mask.bool()].tolist() for ids, mask in zip(batch[f"{part}_ids"], batch[f"{part}_mask"], strict=True)]
@@ -72,6 +69,12 @@ def _known(value):
     return None if value != value else value
 
 
+def log_ratios(record: dict) -> list[float | None]:
+    """log(student / teacher) at each token of a record, in nats, `None` where the teacher has scored nothing."""
+    pairs = zip(record["logps"], record["teacher_logps"], strict=True)
+    return [None if teacher is None else student - teacher for student, teacher in pairs]
+
+
 class RolloutLog(TrainerCallback):
     """
     Writes with `log_completions`, beside TRL's tables, what student and teacher make of each token of a few groups, for
@@ -82,7 +85,7 @@ class RolloutLog(TrainerCallback):
 
     Args:
         trainer ([`RLADTrainer`]):
-            Calls `choose` and `see`.
+            Its guide calls `choose` and `record`.
     """
 
     def __init__(self, trainer):
@@ -90,8 +93,10 @@ class RolloutLog(TrainerCallback):
         self._forget()
 
     def _forget(self):
-        # By the row in the generation batch of all processes: the rewards of the chosen ones, what `see` saw of all, their records
-        self.rewards, self.log_ratios, self.records = {}, {}, {}
+        # All by the row in the generation batch of all processes
+        self.rewards: dict[int, float] = {}  # of the chosen ones
+        self.log_ratios: dict[int, float | None] = {}  # means of all
+        self.records: dict[int, dict] = {}  # of the chosen ones
 
     def choose(self, batch: dict, rewards: torch.Tensor) -> dict:
         """Number the rows of a generation batch, `rollout`, and choose what is to be kept. `rewards` are of shape `(B,)`."""
@@ -105,21 +110,24 @@ class RolloutLog(TrainerCallback):
             groups = numbers // self.trainer.num_generations
             with_signal = groups[(advantages != 0).any(1)].unique().tolist()[:GROUPS]
             rows = [row for row, group in enumerate(groups.tolist()) if group in with_signal]
-            self.rewards = {numbers[row].item(): rewards[row].item() for row in rows}
+            self.rewards = {int(numbers[row]): float(rewards[row]) for row in rows}
         return {**batch, "rollout": numbers}
 
-    def see(
-        self,
-        per_token_logps: torch.Tensor,
-        old_per_token_logps: torch.Tensor,
-        anchor: torch.Tensor | None,
-        batch: dict,
-    ):
-        """Keep what is wanted of a micro-batch, given what the loss compares in it. Called by all processes at once."""
+    def record(self, per_token_logps: torch.Tensor, causes: dict[str, torch.Tensor], batch: dict):
+        """
+        Keep what is wanted of a micro-batch. Called by all processes at once.
+
+        Args:
+            per_token_logps (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities under the student, in nats.
+            causes (`dict[str, torch.Tensor]`):
+                What the clipping drops, see [`~trl_rlad.objective.clipping.clip_causes`].
+            batch (`dict`):
+                The micro-batch, with the numbers that `choose` has given to its rows.
+        """
         if "rollout" not in batch:
             return
-        trainer = self.trainer
-        logps, old_logps = per_token_logps.detach().float(), old_per_token_logps.float()
+        trainer, logps = self.trainer, per_token_logps.detach().float()
         teacher = torch.full_like(logps, float("nan"))
         if "teacher_per_token_logps" in batch:
             teacher = torch.where(batch["teacher_mask"], batch["teacher_per_token_logps"], teacher)
@@ -131,21 +139,12 @@ class RolloutLog(TrainerCallback):
         rows = [row for row, number in enumerate(numbers) if number in self.rewards]
         if not rows:
             return
-        advantages = batch["advantages"].reshape(len(numbers), -1)
-        anchor = old_logps if anchor is None else anchor
         clipped = torch.zeros_like(logps, dtype=torch.long)
-        if trainer.loss_type in CLIPPED_LOSS_TYPES and not trainer.is_distilling:
-            ratio, policy_ratio = (logps - other.detach().float() for other in (anchor, old_logps))
-            if trainer.importance_sampling_level == "sequence":
-                ratio, policy_ratio = (
-                    sequence_log_ratio(each, trainer.loss_mask(batch)) for each in (ratio, policy_ratio)
-                )
-            causes = clip_causes(ratio, policy_ratio, advantages, trainer.epsilon_low, trainer.epsilon_high)
-            for name, is_clipped in causes.items():
-                clipped = clipped.masked_fill(is_clipped, CLIPPED.index(name.partition("_by_")[2]))
+        for name, is_clipped in causes.items():
+            clipped = clipped.masked_fill(is_clipped, CLIPPED.index(name.partition("_by_")[2]))
         columns = {
             "row": batch["rollout"],
-            "advantage": advantages.mean(1),
+            "advantage": batch["advantages"].reshape(len(numbers), -1).mean(1),
             "logps": logps,
             "teacher_logps": teacher,
             "clipped": clipped,

@@ -22,17 +22,8 @@ ROWS, LENGTH = 16, 128
 
 def compare(url: str, model: str, dtype: str = "auto") -> tuple[float, float]:
     """
-    Mean and largest difference between the log-probabilities of a served teacher and of a copy, in nats.
-
-    The rows are the copy's own samples, prompted by a random token, as rollouts are far likelier than random ids.
-
-    Args:
-        url (`str`):
-            Address of the server.
-        model (`str`):
-            Name or path of the copy.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Dtype in which the copy is loaded.
+    Mean and largest difference between the log-probabilities of a served teacher and of a copy, in nats. The rows are the
+    copy's own samples, prompted by a random token, as rollouts are far likelier than random ids.
     """
     with tempfile.TemporaryDirectory() as folder:
         args = RLADConfig(

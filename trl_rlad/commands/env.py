@@ -1,14 +1,16 @@
 """The versions that an issue should name."""
 
 from argparse import ArgumentParser
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from trl.scripts.env import print_env
 from trl.scripts.utils import get_git_commit_hash
 
+from ..model_card import find_version
 
-# What TRL's own list leaves out: this package's extras, and the client of a served teacher
-OTHERS = ("openai", "reasoning-gym", "math-verify")
+
+# What TRL's own list leaves out: this package's extras, and what asks a served teacher
+OTHERS = ("httpx2", "tenacity", "reasoning-gym", "math-verify")
 
 
 def main(arguments: list[str]):
@@ -18,11 +20,4 @@ def main(arguments: list[str]):
     commit = get_git_commit_hash("trl_rlad")  # an error in words where git refuses
     print(f"- trl-rlad version: {version('trl-rlad')}{f'+{commit[:7]}' if commit else ''}")
     for name in OTHERS:
-        print(f"- {name} version: {find_version(name)}")
-
-
-def find_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+        print(f"- {name} version: {find_version(name) or 'not installed'}")

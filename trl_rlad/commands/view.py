@@ -14,8 +14,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from ..checkpoints import last_checkpoint
+from ..reports.view import render
 from ..rollouts import read_rollouts
-from ..view import render
 
 
 def read_log(path: Path) -> list[dict]:

@@ -13,18 +13,11 @@ from .local import LocalTeacher
 
 class AdapterTeacher(LocalTeacher):
     """
-    A [`LocalTeacher`] whose adapter stays apart from its base, which other adapters share.
+    A [`LocalTeacher`] whose adapter, of this path or name, stays apart from its base, which other adapters share.
 
     An adapter that changes the embeddings or the LM head is merged into a base of its own, as that of a single teacher is.
-
-    Args:
-        model (`str`):
-            Path or name of the adapter.
-        args ([`RLADConfig`]), accelerator ([`~accelerate.Accelerator`]):
-            As in [`LocalTeacher`].
-        bases (`MutableMapping`):
-            The models with adapters that there are by the names and revisions of their bases. It should hold them weakly, so
-            that a base is let go when all its teachers are.
+    `bases` holds the models with adapters that there are, by the names and revisions of their bases: weakly, so that a base is
+    let go when all its teachers are.
     """
 
     source: str

@@ -46,9 +46,8 @@ class _Server:
 
 class Servers:
     """
-    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that fails.
-
-    They are asked in a thread of their own, so that many requests can be under way while the caller does other things.
+    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that fails. They
+    are asked in a thread of their own, so that many requests can be under way while the caller does other things.
 
     Args:
         urls (`list[str]`):
@@ -77,21 +76,11 @@ class Servers:
         self, path: str, read: Callable, body: Mapping[str, Any] | None = None, url: str | None = None
     ) -> Future:
         """
-        Ask, and go on.
+        Ask for a path, with a `body` to be posted as JSON, and go on.
 
-        Args:
-            path (`str`):
-                What is asked for.
-            read (`Callable`):
-                Makes the result of the decoded answer, or raises a `ValueError` if that is wrong.
-            body (`Mapping[str, Any]`, *optional*):
-                What is posted, as JSON.
-            url (`str`, *optional*):
-                The server that has to answer. `None` takes any.
-
-        Returns:
-            [`~concurrent.futures.Future`]: what `read` returns. Raises a `ValueError` if a server refuses the request, and a
-            [`ServerError`] if there is no right answer. It may be cancelled.
+        Returns a future of what `read` makes of the decoded answer; it may raise a `ValueError` if that is wrong. The future
+        raises a `ValueError` if a server refuses the request, and a [`ServerError`] if there is no right answer from the server
+        `url`, or if that is `None` from any.
         """
         servers = [server for server in self._servers if url in (None, server.url)]
         return asyncio.run_coroutine_threadsafe(self._ask(servers, path, read, body), self._loop)

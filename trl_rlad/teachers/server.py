@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..config import RLADConfig
 from .client import Servers
-from .local import HUB_KWARGS, load_processing_class
+from .loading import HUB_KWARGS, load_processing_class
 from .teacher import TokenScores
 
 
@@ -87,8 +87,7 @@ class ServedTeacher:
         length = int(min(16, self.max_length))
         generator = torch.Generator().manual_seed(0)
         rows = torch.tensor(ids)[torch.randint(len(ids), (2, length), generator=generator)]
-        names = self.args.has_teacher_kl and self.args.teacher_kl == "forward"
-        top_k = self.args.teacher_top_k if names else 0
+        top_k = self.args.objective.top_k
         futures = {url: [self.submit(row[:1], row[1:], top_k, url) for row in rows] for url in urls}
         logps = {url: torch.cat([future.result().logps for future in each]) for url, each in futures.items()}
         for url in urls[1:]:
@@ -100,18 +99,7 @@ class ServedTeacher:
 
     def submit(self, prompt: torch.Tensor, completion: torch.Tensor, top_k: int = 0, url: str | None = None) -> Future:
         """
-        Ask for the scores of one row, and go on.
-
-        Args:
-            prompt, completion (`torch.Tensor`):
-                Their token ids, `int64`.
-            top_k (`int`, *optional*, defaults to `0`):
-                Number of the likeliest tokens to name.
-            url (`str`, *optional*):
-                The server that has to answer. `None` takes any.
-
-        Returns:
-            [`~concurrent.futures.Future`]: its [`TokenScores`], see [`Servers.submit`].
+        Ask for the [`TokenScores`] of one row, token ids of a prompt and of its completion, and go on, see [`Servers.submit`].
         """
         ids, top_k = completion.tolist(), min(top_k, self.vocab_size)
         body = {

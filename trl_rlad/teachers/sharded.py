@@ -8,22 +8,13 @@ from typing import Any
 import torch
 from accelerate.utils import patch_environment
 
-from .._trl import prepare_fsdp
-from .local import WrappedTeacher, active_deepspeed_config
+from .._trl.names import prepare_fsdp
+from .loading import active_deepspeed_config
+from .local import WrappedTeacher
 
 
 def zero3_inference_config(hidden_size: int, dtype: torch.dtype, offload: str) -> dict[str, Any]:
-    """
-    DeepSpeed configuration of a model that is only read.
-
-    Args:
-        hidden_size (`int`):
-            Width of the model.
-        dtype (`torch.dtype`):
-            Dtype of its parameters.
-        offload (`str`):
-            `"cpu"` keeps the shards in the memory of the host, `"none"` on the device.
-    """
+    """DeepSpeed configuration of a model that is only read, with its shards on the device or, by `offload="cpu"`, the host."""
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 10 * hidden_size,  # norms stay whole, matrices are always sharded

@@ -26,10 +26,8 @@ class TRRDLoss(nn.Module):
     Args:
         alpha (`float`, *optional*, defaults to `0.5`):
             Weight of the old policy in the anchor, in `[0, 1]`. At `1.0` the anchor is `old_per_token_logps` itself.
-            May be changed at any time (a trainer that was built with 1.0 has no teacher, though).
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
-            Bound \\( c \\) on \\( |\log\pi_\theta - \log\pi_T| \\) in nats. `None` applies no bound. May be changed at
-            any time.
+            Bound \\( c \\) on \\( |\log\pi_\theta - \log\pi_T| \\) in nats. `None` applies no bound.
 
     Raises:
         `ValueError`: if one of the two is out of its range.
@@ -76,7 +74,7 @@ class TRRDLoss(nn.Module):
             teacher_per_token_logps (`torch.Tensor` of shape `(B, T)`, same dtype):
                 The same under the teacher. Read only where `mask` is set.
             mask (`torch.Tensor` of shape `(B, T)`, bool or 0/1):
-                Tokens on which the teacher has a say. Elsewhere the anchor is `old_per_token_logps`.
+                Tokens that the teacher has scored. Elsewhere the anchor is `old_per_token_logps`.
             teacher_weight (`torch.Tensor` of shape `(B, 1)`, *optional*):
                 Factor in `[0, 1]` of the teacher's exponent `1 - alpha` in each row. `None` takes 1.
 
@@ -110,56 +108,3 @@ class TRRDLoss(nn.Module):
         alpha = self.alpha if teacher_weight is None else 1.0 - (1.0 - self.alpha) * teacher_weight
         anchor = torch.where(mask, torch.lerp(teacher, old_per_token_logps, alpha), old_per_token_logps)
         return anchor, {"log_ratio": log_ratio, "clamped": (log_ratio.abs() > clip).to(log_ratio.dtype)}
-
-
-def sequence_log_ratio(log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Mean of the per-token log-ratios of each sequence, as in [GSPO](https://huggingface.co/papers/2507.18071).
-
-    Args:
-        log_ratio (`torch.Tensor` of shape `(B, T)`):
-            Per-token log-ratios in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            Tokens that enter the loss.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 1)`.
-    """
-    return ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
-
-
-def clip_causes(
-    log_ratio: torch.Tensor,
-    policy_log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    epsilon_low: float,
-    epsilon_high: float,
-) -> dict[str, torch.Tensor]:
-    """
-    Which tokens (or sequences) the clipping drops from the gradient, by the sign of the advantage and by cause.
-
-    Args:
-        log_ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
-            Log of the TRRD ratio.
-        policy_log_ratio (`torch.Tensor`, same shape):
-            Log of the plain GRPO ratio.
-        advantages (`torch.Tensor` of shape `(B, 1)` or `(B, T)`):
-            Advantages.
-        epsilon_low (`float`), epsilon_high (`float`):
-            Clipping bounds: the ratio is kept in `[1 - epsilon_low, 1 + epsilon_high]`.
-
-    Returns:
-        `dict[str, torch.Tensor]`:
-            Boolean masks of the shape of `log_ratio`: `"high_by_policy"` and `"low_by_policy"` where the GRPO ratio would be
-            clipped as well, `"high_by_teacher"` and `"low_by_teacher"` where only the teacher makes it so. `"high"` is the
-            upper bound, for positive advantages, `"low"` the lower bound, for negative ones.
-    """
-    ratio, policy_ratio = log_ratio.exp(), policy_log_ratio.exp()
-    high, policy_high = (ratio > 1 + epsilon_high) & (advantages > 0), policy_ratio > 1 + epsilon_high
-    low, policy_low = (ratio < 1 - epsilon_low) & (advantages < 0), policy_ratio < 1 - epsilon_low
-    return {
-        "high_by_policy": high & policy_high,
-        "high_by_teacher": high & ~policy_high,
-        "low_by_policy": low & policy_low,
-        "low_by_teacher": low & ~policy_low,
-    }

@@ -6,25 +6,11 @@ from transformers import TrainerCallback
 
 
 ROWS = (
-    "reward",
-    "frac_reward_zero_std",
-    "completions/mean_length",
-    "entropy",
-    "teacher/log_ratio",
-    "teacher/log_ratio_rewarded",
-    "teacher/log_ratio_punished",
-    "teacher/clamped",
-    "teacher/kl",
-    "teacher/entropy",
-    "teacher/top1",
-    "clip_ratio/high_by_teacher",
-    "clip_ratio/low_by_teacher",
-    "clip_ratio/high_by_policy",
-    "clip_ratio/low_by_policy",
-    "step_time",
-    "generation_time",
-    "teacher/scoring_time",
-)
+    "reward frac_reward_zero_std completions/mean_length entropy teacher/log_ratio teacher/log_ratio_rewarded "
+    "teacher/log_ratio_punished teacher/clamped teacher/kl teacher/entropy teacher/top1 clip_ratio/high_by_teacher "
+    "clip_ratio/low_by_teacher clip_ratio/high_by_policy clip_ratio/low_by_policy step_time generation_time "
+    "teacher/scoring_time"
+).split()
 
 
 class MetricsTable(TrainerCallback):

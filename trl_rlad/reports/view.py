@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from io import StringIO
 from itertools import groupby
+from math import exp
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .rollouts import CLIPPED
+from ..rollouts import CLIPPED, log_ratios
 
 
 STEPS = (0.1, 0.3, 1.0, 2.0, 4.0)  # nats of disagreement from which a token is coloured more deeply
@@ -31,32 +33,7 @@ PANELS = {
 STYLES = ("-", "--", ":")
 COLORS = ("#3b7dd8", "#e0711c", "#2f9e62", "#b455c9", "#c9a100", "#d14a6b")
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1d2127; --soft: #5f6875; --page: #fff; --card: #f6f7f9; --line: #dde1e7; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ec; --soft: #98a2b0; --page: #14171b; --card: #1c2026; --line: #333a44; }
-}
-body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--page); color: var(--ink);
-       font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { max-width: 50rem; } .legend { max-width: none; }
-small, .soft { color: var(--soft); font-size: .85rem; }
-svg { width: 100%; height: auto; }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin: 0 .35em 0 .9em; }
-details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: .8rem 0; padding: .5rem .9rem; }
-summary { cursor: pointer; }
-.prompt { color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; max-height: 9em; overflow: auto; }
-.row { display: grid; grid-template-columns: 11.5rem 1fr; gap: 1rem; border-top: 1px solid var(--line); padding: .45rem 0; }
-.tokens { font: 13.5px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.up, .down { font-weight: 600; } .up { color: #2f9e62; } .down { color: #d14a4a; }
-.tokens span, .legend span { border-radius: 2px; }
-.mute { opacity: .5; }
-.teacher { border-bottom: 2px solid currentColor; } .policy { border-bottom: 2px dotted currentColor; }
-.tokens [data-x]:hover { outline: 1px solid var(--ink); }
-.tokens [data-x]:hover::after { content: attr(data-x); position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%);
-  background: var(--ink); color: var(--page); opacity: 1; padding: .4rem .8rem; border-radius: 6px; white-space: pre;
-  font: 13px/1.5 ui-monospace, monospace; z-index: 1; }
-@media (max-width: 45rem) { .row { grid-template-columns: 1fr; gap: .2rem; } }
-""" + "".join(
+CSS = Path(__file__).with_suffix(".css").read_text() + "".join(
     f".{side}{depth} {{ background: rgb({color} / {0.13 + 0.14 * depth:.2f}); }}\n"
     for side, color in (("s", "233 113 23"), ("t", "52 120 235"))
     for depth in range(len(STEPS))
@@ -111,18 +88,16 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 20_
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def _gaps(record):
-    pairs = zip(record["logps"], record["teacher_logps"], strict=True)
-    return [None if teacher is None else student - teacher for student, teacher in pairs]
-
-
 def _groups(runs: Iterable) -> Iterator[tuple[float, str, tuple, list[dict]]]:
     """How much the teacher changed each group, the group's run, its number there, and its records."""
     for name, records, _ in runs:
         for key, group in groupby(records, key=lambda record: (record["step"], record["group"])):
             group = list(group)
             changes = [
-                abs(record["advantage"]) * min(abs(x), 1.0) for record in group for x in _gaps(record) if x is not None
+                abs(record["advantage"]) * min(abs(x), 1.0)
+                for record in group
+                for x in log_ratios(record)
+                if x is not None
             ]
             yield mean(changes) if changes else 0.0, name, key, group
 
@@ -133,7 +108,7 @@ def _card(is_open, change, name, key, records):
     records = sorted(records, key=lambda record: (-record["advantage"], record["tokens"]))
     for _, same in groupby(records, key=lambda record: (-record["advantage"], record["tokens"])):
         record, *others = same
-        gaps = [x for x in _gaps(record) if x is not None]
+        gaps = [x for x in log_ratios(record) if x is not None]
         side = "up" if record["advantage"] > 0 else "down" if record["advantage"] < 0 else ""
         facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · reward {record["reward"]:g}']
         facts += [f"{1 + len(others)} times the same"] if others else []
@@ -150,7 +125,7 @@ def _card(is_open, change, name, key, records):
         )
     title = f"{escape(name)} · step {key[0]} · group {key[1]} · changed by {change:.2f}"
     prompt = f'<div class="prompt">{escape(records[0]["prompt"])}</div>'
-    return f"<details{' open' * is_open}><summary>{title}</summary>{prompt}{''.join(rows)}</details>"
+    return f"<details{' open' if is_open else ''}><summary>{title}</summary>{prompt}{''.join(rows)}</details>"
 
 
 def _tokens(record):
@@ -178,7 +153,7 @@ def _token(text, logp, teacher_logp, clipped):
 
 
 def _percent(logp):
-    probability = 2.718281828459045**logp
+    probability = exp(logp)
     return f"{probability:.1%}" if probability >= 0.001 else f"{probability:.0e}"
 
 

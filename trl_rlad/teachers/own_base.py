@@ -7,24 +7,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
-from .._trl import get_config_model_id, use_adapter
+from .._trl.names import get_config_model_id, use_adapter
 from ..lm_head import LMHead
-from .local import WrappedTeacher, longest_input
+from .loading import longest_input
+from .local import WrappedTeacher
 
 
-class BaseTeacher(WrappedTeacher):
+class OwnBaseTeacher(WrappedTeacher):
     """
-    The student without its adapter. There is no second copy of the weights.
-
-    Args:
-        get_student (`Callable`):
-            Returns the [`~peft.PeftModel`] that is trained, as it is at that time.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's tokenizer.
-        accelerator ([`~accelerate.Accelerator`]):
-            Knows how the student is distributed.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature at which the student samples.
+    The student without its adapter. There is no second copy of the weights. `get_student` returns the [`~peft.PeftModel`] that
+    is trained, as it is at that time.
     """
 
     def __init__(

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .evaluation import pass_at_k
+from ..evaluation import pass_at_k
+from ..rollouts import log_ratios
 
 
 ALPHAS = (0.3, 0.5, 0.7)
@@ -85,7 +86,7 @@ def report(
         drawn = np.divide(*np.moveaxis(totals[draws].sum(1), -1, 0))
     low, high = ([np.nanquantile(c, q) if np.isfinite(c).any() else np.nan for c in drawn.T] for q in (0.025, 0.975))
     figures = {name: Estimate(*map(float, row)) for name, *row in zip(names, value, low, high, strict=True)}
-    gaps = [x for rollout in rollouts for x in _gaps(rollout) if x is not None]
+    gaps = [x for rollout in rollouts for x in log_ratios(rollout) if x is not None]
     tokens = sum(len(rollout["ids"]) for rollout in rollouts)
     return figures | {
         "prompts": len(groups),
@@ -94,12 +95,6 @@ def report(
         "tokens_without_say": tokens - len(gaps),
         "gap_quantiles": {q: float(np.percentile(gaps, q)) for q in QUANTILES} if gaps else {},
     }
-
-
-def _gaps(rollout):
-    """log(student / teacher) at each token, `None` where the teacher has no say."""
-    pairs = zip(rollout["logps"], rollout["teacher_logps"], strict=True)
-    return [None if teacher is None else student - teacher for student, teacher in pairs]
 
 
 def _sum_group(
@@ -119,7 +114,7 @@ def _sum_group(
     add("signal", [len(set(rewards)) > 1])
     add("all_failed", [wins == 0])
 
-    gaps = [_gaps(rollout) for rollout in group]
+    gaps = [log_ratios(rollout) for rollout in group]
     known = [[x for x in row if x is not None] for row in gaps]
     sides = [
         [x for row, rollout in zip(known, group, strict=True) if sign * rollout["advantage"] > 0 for x in row]

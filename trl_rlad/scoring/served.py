@@ -6,48 +6,42 @@ from contextlib import nullcontext
 
 from accelerate.logging import get_logger
 
-from .teacher_scorer import Row, TeacherScorer
-from .teachers import ServedTeacher, ServerError, TokenScores
+from ..teachers import ServedTeacher, ServerError, TokenScores
+from .row_scorer import RowScorer
+from .rows import Row
 
 
 logger = get_logger(__name__)
 
-# Of a process's rows so far, of which there are taken to be this many at least
+# A run ends when this share of a process's rows so far, of which there are taken to be this many at least, have failed
 FAILED_SHARE, LEAST_ROWS = 0.1, 10_000
 
 
-class ServedScorer(TeacherScorer):
+class ServedRowScorer(RowScorer):
     """
-    A [`TeacherScorer`] whose rows are sent off when they have been generated, and waited for when the loss needs them.
+    A [`RowScorer`] that sends rows off when they have been generated, and waits for them when the loss needs them.
 
-    Each process sends its own rows: it is the servers that share out the work, and nothing has to be gathered. Rows that turn
-    out not to be needed, for want of an advantage, are called back.
-
-    Args:
-        *args, **kwargs:
-            As in [`TeacherScorer`], with a [`~trl_rlad.teachers.ServedTeacher`].
-        failure (`str`, *optional*, defaults to `"raise"`):
-            What to do about a row that no server answers: `"raise"` ends training, `"grpo"` leaves the teacher without a say
-            on it, until these are more than a tenth of all rows so far, and more than a thousand.
-
-    Raises:
-        [`ServerError`]: when rows have failed, according to `failure`.
+    Each process sends its own rows: the servers share out the work, and nothing has to be gathered. Rows that turn out not to
+    be needed, for want of an advantage, are called back. With `on_failure="raise"` a row that no server answers is a
+    [`ServerError`]; with `"grpo"` it has no scores, until these are more than a tenth of all rows so far, and more than a
+    thousand.
     """
 
     teacher: ServedTeacher
 
-    def __init__(self, *args, failure: str = "raise", **kwargs):
-        super().__init__(*args, **kwargs)
-        self.failure = failure
+    def __init__(self, *args, on_failure: str = "raise"):
+        super().__init__(*args)
+        self.on_failure = on_failure
         self._sent: dict[tuple, Future] = {}
         self._asked = self._failed = 0  # in all of the run
 
-    def begin(self, prompts, completions, masks, top_k=0):
+    def begin(self, rows, top_k=0):
         self._call_back()
-        rows = self._find_rows(prompts, completions, masks)
-        self._sent = {key: self.teacher.submit(row.prompt, row.completion, top_k) for key, row in rows.items()}
+        self.contract.check(rows)
+        different = {row.key: row for row in rows}
+        self._sent = {key: self.teacher.submit(row.prompt, row.completion, top_k) for key, row in different.items()}
 
-    def ahead(self, prompts, completions, masks, top_k=0):
+    def score_early(self, rows, top_k=0):
         return nullcontext()  # they are on their way
 
     def release(self):
@@ -69,7 +63,7 @@ class ServedScorer(TeacherScorer):
             try:
                 scores.append(future.result())
             except ServerError as error:
-                if self.failure == "raise":
+                if self.on_failure == "raise":
                     raise ServerError(
                         f"The teacher has no answer: {error}. Start its server and go on from the last checkpoint, with "
                         '`resume_from_checkpoint`. With `on_teacher_failure="grpo"` such rows train without the teacher.'

@@ -1,0 +1,221 @@
+"""Rollouts of a training script's own trainer, read by its teacher, without any training."""
+
+import runpy
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from .._trl.names import get_config_model_id, loss_mask
+from .._trl.seam import Guide
+from ..objective.guidance import Guidance
+from ..rollouts import describe_rollouts
+from ..teacher_guide import TeacherGuide, describe_naming
+from ..trainer import RLADTrainer
+
+
+NAMED = 20  # of the teacher's likeliest tokens, for its entropy
+
+
+class _Ready(BaseException):
+    """A script's trainer would train now. No script catches it."""
+
+
+class _StandIn:
+    """Skips evaluations, and ends the script where it would train."""
+
+    def train(self, trainer):
+        raise _Ready(trainer)
+
+    def evaluate(self, trainer):
+        return defaultdict(float)
+
+
+@contextmanager
+def _running_as(script: str, arguments: list[str]) -> Iterator[None]:
+    """Have the interpreter look as if it had been started with a script."""
+    argv, path = sys.argv, sys.path
+    sys.argv, sys.path = [script, *arguments], [str(Path(script).parent.absolute()), *path]
+    RLADTrainer.stand_in = _StandIn()
+    try:
+        yield
+    finally:
+        sys.argv, sys.path = argv, path
+        RLADTrainer.stand_in = None
+
+
+def load_trainer(script: str, arguments: list[str]) -> RLADTrainer:
+    """Run a training script up to where its [`RLADTrainer`] is to train, without evaluations, and return that."""
+    with _running_as(script, arguments):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except _Ready as ready:
+            (trainer,) = ready.args
+            return trainer
+    raise ValueError(f"{script} came to its end without an `RLADTrainer` that trains.")
+
+
+class ProbeGuide(TeacherGuide):
+    """
+    The [`Guide`] of a probe: the teacher reads every token, whatever the objective makes of it, and the loss is GRPO's. Keeps a
+    record of each of this process's completions, and the `seconds` and, on a GPU, the peak `memory` in GiB of both parts.
+    """
+
+    def __init__(self, trainer: RLADTrainer):
+        super().__init__(trainer, trainer.teacher_scorer)
+        self.records: list[dict] = []
+        self.num_groups = 0
+        self.seconds = {"generation": 0.0, "scoring": 0.0}
+        self.memory: dict[str, float] = {}
+
+    def begin(self, rollouts, rows):
+        return nullcontext()
+
+    def finish(self, batch, rewards_per_func, rows):
+        trainer = self.trainer
+        rewards = trainer.total_reward(rewards_per_func)
+        # In the order of the rewards of all processes
+        groups = torch.arange(len(rewards)) // trainer.num_generations + self.num_groups
+        self.num_groups = groups[-1].item() + 1
+        self.seconds["generation"] += trainer.generation_time
+        self._note_memory("generation")
+        start = time.perf_counter()
+        scores = self.scorer.score(batch, loss_mask(batch), NAMED, self.teacher_prompts(rows), self.teacher_ids(rows))
+        self.seconds["scoring"] += time.perf_counter() - start
+        self._note_memory("scoring")
+        numbers = {"reward": trainer.of_this_process(rewards), "group": trainer.of_this_process(groups)}
+        return {**batch, **scores, **numbers}
+
+    def watch_forward(self, model, batch):
+        return nullcontext()
+
+    def guide(self, per_token_logps, old_per_token_logps, batch):
+        mask = batch["teacher_mask"]
+        columns = {
+            "group": batch["group"],
+            "reward": batch["reward"],
+            "advantage": batch["advantages"].reshape(len(mask), -1).mean(1),
+            "logps": per_token_logps.float(),
+            "teacher_logps": batch["teacher_per_token_logps"].masked_fill(~mask, float("nan")),
+        }
+        columns |= {
+            name: value.masked_fill(~mask, float("nan")) for name, value in describe_naming(batch, batch).items()
+        }
+        self.records += [{"step": 0, **each} for each in describe_rollouts(batch, self.trainer.tokenizer, columns)]
+        return Guidance()
+
+    def _note_memory(self, part):
+        if self.trainer.accelerator.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.memory[part] = max(peak, self.memory.get(part, 0.0))
+            torch.cuda.reset_peak_memory_stats()
+
+
+class _SuccessGuide(Guide):
+    """Notes which completions, of all processes, succeed."""
+
+    def __init__(self, trainer: RLADTrainer):
+        self.trainer = trainer
+        self.successes: list[bool] = []
+
+    def finish(self, batch, rewards_per_func, rows):
+        rewards = self.trainer.total_reward(rewards_per_func)
+        self.successes += (rewards > self.trainer.args.success_reward).tolist()
+        return batch
+
+
+class Probe:
+    """
+    Samples completions of a few training prompts, has them rewarded and read by the teacher, and trains nothing.
+
+    Args:
+        trainer ([`RLADTrainer`]):
+            With a teacher. It isn't to be trained afterwards.
+
+    Attributes:
+        rollouts (`list[dict]`):
+            A record for each completion of all processes, see [`~trl_rlad.rollouts.describe_rollouts`].
+    """
+
+    def __init__(self, trainer: RLADTrainer):
+        if trainer.teacher_scorer is None:
+            raise ValueError(
+                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction` the trainer "
+                "has none. Set `alpha=0.5`."
+            )
+        self.trainer, self.guide = trainer, ProbeGuide(trainer)
+        self.rollouts: list[dict] = []
+
+    def run(self, num_prompts: int):
+        """Fill `rollouts`."""
+        self._predict(num_prompts, self.guide)
+        self.rollouts = gather_object(self.guide.records)
+
+    def sample_teacher(self, num_prompts: int) -> dict[str, float]:
+        """
+        Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers succeeds,
+        `teacher_accuracy`, and on what share of the prompts without a success of the student it has one, `teacher_rescues`.
+        """
+        trainer, guide = self.trainer, _SuccessGuide(self.trainer)
+        teachers = list(trainer.teacher_scorer.teachers.values())
+        if len(teachers) > 1 or teachers[0].is_sharded or not hasattr(teachers[0], "model"):
+            raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
+        if trainer.use_vllm:
+            raise ValueError(
+                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `examples/evaluate.py`."
+            )
+        (teacher,) = teachers
+        # A padded vocabulary has more rows than the student knows
+        beyond = list(range(max(trainer.tokenizer.get_vocab().values()) + 1, teacher.vocab_size))
+        student, suppressed = trainer.model_wrapped, trainer.generation_config.suppress_tokens
+        with teacher.placed():
+            trainer.model_wrapped = teacher.model  # what TRL samples from
+            trainer.generation_config.suppress_tokens = beyond or None
+            self._predict(num_prompts, guide)
+        trainer.model_wrapped, trainer.generation_config.suppress_tokens = student, suppressed
+        successes, k = guide.successes, trainer.num_generations
+        solved = {each["group"] for each in self.rollouts if each["reward"] > trainer.args.success_reward}
+        unsolved = [any(successes[i : i + k]) for i in range(0, len(successes), k) if i // k not in solved]
+        return {
+            "teacher_accuracy": sum(successes) / len(successes),
+            "teacher_rescues": sum(unsolved) / len(unsolved) if unsolved else float("nan"),
+        }
+
+    def _predict(self, num_prompts, guide):
+        """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing anywhere."""
+        trainer, data = self.trainer, self.trainer.train_dataset
+        if isinstance(data, Dataset):
+            data = data.shuffle(seed=trainer.args.seed).select(range(min(num_prompts, len(data))))
+        else:
+            data = Dataset.from_list(list(islice(data, num_prompts)))
+        k = trainer.num_generations
+        trainer.num_generations_eval = k
+        trainer.args.per_device_eval_batch_size = k * max(1, trainer.args.per_device_eval_batch_size // k)
+        trainer.guide = guide
+        trainer.predict(data)
+
+
+def describe(probe: Probe) -> dict:
+    """What is probed, as far as its figures depend on it, and what scoring costs."""
+    trainer, scorers = probe.trainer, probe.trainer.teacher_scorer.scorers.values()
+    unknown = {id for each in scorers for id in each.contract.unknown_ids.tolist()}
+    args, student = trainer.args, get_config_model_id(trainer.model.config)
+    return {
+        "student": Path(student).name if Path(student).is_dir() else student,
+        "teacher": ", ".join(each.teacher.name for each in scorers),
+        "num_generations": trainer.num_generations,
+        "temperature": args.temperature,
+        "max_completion_length": trainer.max_completion_length,
+        "success_reward": args.success_reward,
+        "teacher_log_ratio_clip": args.teacher_log_ratio_clip,
+        "unknown_tokens": trainer.tokenizer.convert_ids_to_tokens(sorted(unknown)),
+        "seconds": {name: round(value, 2) for name, value in probe.guide.seconds.items()},
+        "device_memory_gib": {name: round(value, 2) for name, value in probe.guide.memory.items()},
+    }

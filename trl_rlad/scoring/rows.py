@@ -1,0 +1,47 @@
+"""The rows that a teacher scores: a prompt and a completion, without padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Row:
+    """One sequence for a teacher, on the CPU."""
+
+    prompt: torch.Tensor  # (P,), int64, as the teacher is to read it
+    completion: torch.Tensor  # (T,), int64
+    images: dict[str, torch.Tensor] = field(default_factory=dict)  # see `split_images`
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+    @property
+    def key(self) -> tuple:
+        """What rows with the same scores have in common. A row with images is a row of its own."""
+        return self.prompt.numpy().tobytes(), self.completion.numpy().tobytes(), id(self) if self.images else None
+
+    @property
+    def shapes(self) -> tuple:
+        """What rows must agree on to run in one micro-batch; empty without images."""
+        return tuple((name, value.shape[1:]) for name, value in self.images.items())
+
+
+def make_row(
+    prompt: torch.Tensor, completion: torch.Tensor, wanted: torch.Tensor, images: dict[str, torch.Tensor] | None = None
+) -> Row | None:
+    """
+    The row in which a teacher scores the tokens `wanted`, bool of shape `(T,)`, of a completion; `None` if there are none.
+
+    The completion ends with the last of them, as a causal model needn't run what comes behind. With images it is whole, since
+    their tensors cover all of it.
+    """
+    if not wanted.any():
+        return None
+    return Row(prompt, completion if images else completion[: wanted.nonzero().max() + 1], images or {})
+
+
+def unpad(ids: torch.Tensor, mask: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The token ids of each row, on the CPU, of a padded batch `(B, L)`."""
+    return [row[is_token] for row, is_token in zip(ids.cpu(), mask.cpu().bool(), strict=True)]

@@ -1,0 +1,231 @@
+"""When the teacher is asked, what of it goes into the batch and into the loss, and what is logged."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from statistics import mean
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+
+from ._trl.loss_call import loss_is_patched
+from ._trl.names import CLIPPED_LOSS_TYPES, loss_mask
+from ._trl.seam import Guide, Rollouts
+from .evaluation import pass_at_k
+from .lm_head import LMHead
+from .objective.clipping import Clipping
+from .objective.guidance import Guidance, Scores, guide, kl_mask, two_dimensional
+from .objective.schedule import Terms
+from .objective.teacher_kl import named_entropy
+from .rollouts import RolloutLog
+from .scoring import TeacherScorer
+
+
+logger = get_logger(__name__)
+
+BATCHES_WITHOUT_SUCCESS = 10  # before a warning
+
+
+class TeacherGuide(Guide):
+    """
+    The [`Guide`] of an [`RLADTrainer`].
+
+    Args:
+        trainer ([`RLADTrainer`]):
+            The objective of its settings says what the teacher is asked: a callback may change those.
+        scorer ([`TeacherScorer`] or `None`):
+            Asks the teacher. `None` for plain GRPO.
+        rollout_log ([`RolloutLog`] or `None`):
+            What keeps rollouts to be looked at.
+    """
+
+    def __init__(self, trainer, scorer: TeacherScorer | None, rollout_log: RolloutLog | None = None):
+        self.trainer, self.scorer, self.rollout_log = trainer, scorer, rollout_log
+        self.is_required = scorer is not None
+        self._batches_without_success = 0
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the objective at this step."""
+        state = self.trainer.state
+        return self.trainer.args.objective.at(state.global_step / max(state.max_steps, 1))
+
+    def begin(self, rollouts: Rollouts, rows: list[dict]):
+        terms = self.terms
+        if self.scorer is None or not terms.asks_teacher:
+            return nullcontext()
+        # Which completions have an advantage isn't known yet
+        masks = rollouts.tool_mask or [[1] * len(ids) for ids in rollouts.completion_ids]
+        masks = [
+            [0] * len(mask) if row.get("teacher_weight") == 0 else mask for row, mask in zip(rows, masks, strict=True)
+        ]
+        prompts = self.teacher_prompts(rows) or rollouts.prompt_ids
+        self.scorer.begin(prompts, rollouts.completion_ids, masks, terms.top_k, self.teacher_ids(rows))
+        return self.scorer.score_early()
+
+    def finish(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
+        trainer, terms = self.trainer, self.terms
+        if not trainer.model.training:
+            self._log_pass_at_k(rewards_per_func)
+        if self.rollout_log is not None:
+            rewards = trainer.of_this_process(trainer.total_reward(rewards_per_func))
+            batch = self.rollout_log.choose(batch, rewards)
+        if self.scorer is None:
+            return batch
+        if not terms.asks_teacher:
+            self.scorer.release()  # distillation is over, and the reward has the rest to itself
+            return {**batch, "teacher_mask": torch.zeros_like(batch["completion_mask"], dtype=torch.bool)}
+        # Without advantage a token contributes nothing to the policy term, whatever the teacher says
+        wanted = (two_dimensional(batch["advantages"]) != 0) & terms.grades
+        if terms.has_kl:
+            batch = {**batch, "teacher_kl_on": self.select_for_kl(rewards_per_func)}
+            wanted = wanted | batch["teacher_kl_on"].unsqueeze(1) | terms.distilling
+        if any("teacher_weight" in row for row in rows):
+            weights = read_weights([row.get("teacher_weight") for row in rows])
+            batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
+            wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
+        prompts = None if self.scorer.has_begun else self.teacher_prompts(rows)
+        scores = self.scorer.score(batch, loss_mask(batch) * wanted, terms.top_k, prompts, self.teacher_ids(rows))
+        self._log_scoring(batch, scores)
+        return {**batch, **scores}
+
+    def watch_forward(self, model, batch):
+        terms = self.terms
+        if "teacher_top_ids" not in batch or terms.kl_coef == 0.0:
+            return nullcontext()
+        model = self.trainer.accelerator.unwrap_model(model)
+        head = LMHead(model.get_base_model() if is_peft_model(model) else model, self.trainer.temperature)
+        mask = kl_mask(terms, batch["teacher_mask"], batch["teacher_kl_on"])
+        ids, top_ids = batch["completion_ids"], batch["teacher_top_ids"]
+
+        def look_up(hidden_states):
+            states = hidden_states[:, -ids.size(1) - 1 : -1]  # the state at position t predicts token t + 1
+            batch["named_log_ratios"] = head.log_ratios(states[mask], ids[mask], top_ids[mask])
+
+        return head.on_hidden_states(look_up)
+
+    def guide(self, per_token_logps, old_per_token_logps, batch) -> Guidance:
+        trainer, terms = self.trainer, self.terms
+        if self.scorer is None and terms.asks_teacher:
+            raise RuntimeError(
+                "`alpha` or `teacher_kl_coef` was changed in training, but this trainer was made without a teacher. "
+                "Make it with a `teacher_model`, and with the settings in which the teacher has the largest part."
+            )
+        if self.scorer is not None and "teacher_mask" not in batch:
+            raise loss_is_patched("its rollouts did not come by the teacher")
+        clipping = None
+        if trainer.loss_type in CLIPPED_LOSS_TYPES:
+            level = trainer.importance_sampling_level
+            clipping = Clipping(trainer.epsilon_low, trainer.epsilon_high, level, loss_mask(batch))
+        scores = self.read_scores(batch)
+        guidance = guide(terms, per_token_logps, old_per_token_logps, scores, batch["advantages"], clipping)
+        if self.scorer is not None:
+            trainer.log_value("teacher/kl_coef", terms.kl_coef)
+        trainer.log_means(guidance.tokens | self._of_each_teacher(guidance.tokens, batch))
+        if self.rollout_log is not None:
+            self.rollout_log.record(per_token_logps, guidance.causes, batch)
+        return guidance
+
+    @staticmethod
+    def read_scores(batch: dict) -> Scores | None:
+        """The teacher's scores in a micro-batch; `None` where it has been asked for none."""
+        if "teacher_per_token_logps" not in batch:
+            return None
+        return Scores(
+            batch["teacher_per_token_logps"],
+            batch["teacher_mask"],
+            batch.get("teacher_kl_on"),
+            batch.get("teacher_top_logps"),
+            batch.get("named_log_ratios"),
+            batch["teacher_weight"].unsqueeze(1) if "teacher_weight" in batch else None,
+        )
+
+    def teacher_ids(self, rows: list[dict]) -> list[str | None] | None:
+        """Names of the rows' teachers, if there are several."""
+        assert self.scorer is not None
+        return None if "" in self.scorer.scorers else [row.get("teacher_id") for row in rows]
+
+    def teacher_prompts(self, rows: list[dict]) -> list[list[int]] | None:
+        """Token ids of the rows' prompts as the teacher is to read them, if for any row these are others."""
+        if not any(row.get("teacher_prompt") for row in rows):
+            return None
+        return self.trainer.tokenize_prompts([row.get("teacher_prompt") or row["prompt"] for row in rows])
+
+    def select_for_kl(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """Which of this process's completions have the divergence, bool of shape `(B,)`."""
+        trainer = self.trainer
+        rewards = trainer.total_reward(rewards_per_func)
+        if self.terms.kl_on == "all":
+            return trainer.of_this_process(torch.ones_like(rewards, dtype=torch.bool))
+        self._warn_without_success(rewards)
+        # What no reward function can judge hasn't failed
+        has_failed = ~(rewards > trainer.args.success_reward) & ~rewards_per_func.isnan().all(1)
+        return trainer.of_this_process(has_failed)
+
+    def _warn_without_success(self, rewards):
+        highest, bound = rewards.max().item(), self.trainer.args.success_reward
+        if highest > bound:
+            self._batches_without_success = -float("inf")  # never again
+        self._batches_without_success += 1
+        if self._batches_without_success == BATCHES_WITHOUT_SUCCESS:
+            logger.warning(
+                f"No completion of {BATCHES_WITHOUT_SUCCESS} generation batches has a reward above `success_reward="
+                f"{bound}`, so all of them count as failed. The last batch's highest is {highest:.3g}."
+            )
+
+    def _log_pass_at_k(self, rewards_per_func):
+        trainer = self.trainer
+        groups = rewards_per_func.view(-1, trainer.num_generations_eval, len(trainer.reward_funcs))
+        # A reward function returns `None`, which is NaN here, for what it can't judge: that isn't a failure
+        judged = (~groups.isnan()).sum(1).T.tolist()
+        successes = (groups > trainer.args.success_reward).sum(1).T.tolist()
+        for name, *counts in zip(trainer.reward_func_names, judged, successes, strict=True):
+            for k in {1, trainer.num_generations_eval}:
+                if scores := [pass_at_k(n, count, k) for n, count in zip(*counts, strict=True) if n >= k]:
+                    trainer.log_value(f"rewards/{name}/pass@{k}", mean(scores))
+
+    def _log_scoring(self, batch, scores):
+        trainer = self.trainer
+        trainer.log_value("teacher/scoring_time", self.scorer.seconds)
+        if trainer.args.on_teacher_failure == "grpo":
+            failed = torch.tensor(self.scorer.failed_rows, device=scores["teacher_mask"].device)
+            trainer.log_value("teacher/failed_rows", trainer.accelerator.reduce(failed).item())
+        if "teacher_index" in scores:
+            for name, scorer in self.scorer.scorers.items():
+                trainer.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
+        if "teacher_top_logps" in scores:
+            values = describe_naming(batch, scores)
+            trainer.log_means({f"teacher/{name}": (value, scores["teacher_mask"]) for name, value in values.items()})
+
+    def _of_each_teacher(self, tokens, batch):
+        """The log-ratio of each of several teachers, and its share of the tokens."""
+        if "teacher_index" not in batch or "teacher/log_ratio" not in tokens:
+            return {}
+        log_ratio, mask = tokens["teacher/log_ratio"]
+        metrics = {}
+        for number, name in enumerate(self.scorer.scorers):
+            mine = (batch["teacher_index"] == number).unsqueeze(1).expand_as(mask)
+            metrics[f"teacher/{name}/log_ratio"] = log_ratio, mask & mine
+            metrics[f"teacher/{name}/tokens"] = mine.float(), mask
+        return metrics
+
+
+def describe_naming(batch: dict, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    How the teacher names: its `entropy` in nats, and whether the sampled token is its likeliest, `top1`, `float32` of shape
+    `(B, T)`, meant where the teacher has scored.
+    """
+    top_ids, top_logps = scores["teacher_top_ids"][..., 0], scores["teacher_top_logps"]
+    is_top1 = (top_ids == batch["completion_ids"]) & top_logps[..., 0].isfinite()
+    return {"entropy": named_entropy(top_logps), "top1": is_top1.float()}
+
+
+def read_weights(values: Iterable[float | None]) -> torch.Tensor:
+    """The column `teacher_weight`, `float32`, 1 where it is `None`. Raises a `ValueError` if it leaves `[0, 1]`."""
+    weights = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float32)
+    if not ((weights >= 0.0) & (weights <= 1.0)).all():
+        wrong = weights[~((weights >= 0.0) & (weights <= 1.0))][0].item()
+        raise ValueError(
+            f"The dataset's column `teacher_weight` must be in [0, 1] (0: GRPO, 1: the teacher in full), but has {wrong}."
+        )
+    return weights

@@ -1,0 +1,237 @@
+"""
+What student and teacher must agree on: the meaning of every token id the student can emit, of images, and the length.
+
+A teacher and a student are compared once, before training ([`TokenContract.between`]); prompts of a dataset and rollouts are
+held against what came out.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from .teacher import Teacher
+
+
+logger = get_logger(__name__)
+
+PROMPTS_TO_MEASURE = 10_000  # within a second
+
+
+class TokenContract:
+    """
+    What a teacher can read of a student's prompts and completions, and what it can name to it.
+
+    Args:
+        teacher ([`Teacher`]):
+            Its vocabulary and its positions bound what it can read.
+        unknown_ids, nameable_ids (`Collection[int]`, *optional*):
+            Token ids that it isn't to score, and those that it may name, see [`find_unknown_ids`], [`find_nameable_ids`].
+        image_problem (`str`, *optional*):
+            Why it can't read the student's images, see [`find_image_problem`].
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        unknown_ids: Collection[int] = (),
+        nameable_ids: Collection[int] = (),
+        image_problem: str | None = None,
+    ):
+        self.teacher, self.image_problem = teacher, image_problem
+        self.unknown_ids = torch.tensor(sorted(unknown_ids), dtype=torch.long)
+        self._is_nameable = torch.zeros(teacher.vocab_size, dtype=torch.bool)
+        self._is_nameable[torch.tensor(sorted(nameable_ids), dtype=torch.long)] = True
+
+    @classmethod
+    def between(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: Teacher,
+        eos_token_ids: Collection[int],
+        processor: ProcessorMixin | None = None,
+    ) -> "TokenContract":
+        """
+        Compare a student, by its tokenizer, the ids that end its completions and, if it reads images, its processor, with a
+        teacher. Raises a `ValueError` if that gives the student's ids another meaning, or has no rows for them.
+        """
+        unknown_ids = find_unknown_ids(tokenizer, teacher.tokenizer, eos_token_ids)
+        highest = max(tokenizer.get_vocab().values())
+        if highest >= teacher.vocab_size:
+            raise ValueError(_beyond_vocabulary("The student's tokenizer goes up to", highest, teacher))
+        if unknown_ids:
+            examples = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(unknown_ids[:5])))
+            logger.warning(
+                f"The teacher doesn't score {len(unknown_ids)} of the student's tokens, which it doesn't know or doesn't end "
+                f"its turn with (such as {examples}): there the likelihood ratio is GRPO's."
+            )
+        problem = None if processor is None else teacher.find_image_problem(processor)
+        return cls(
+            teacher, unknown_ids, find_nameable_ids(tokenizer, teacher.tokenizer, unknown_ids, eos_token_ids), problem
+        )
+
+    def is_known(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens of the student the teacher can score, bool, of the shape of `ids`."""
+        return ~torch.isin(ids, self.unknown_ids.to(ids.device))
+
+    def can_be_named(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens of the teacher mean the same to the student, bool, of the shape of `ids`."""
+        return self._is_nameable.to(ids.device)[ids]
+
+    def check_dataset(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, max_completion_length: int | None):
+        """
+        Raises a `ValueError` if the teacher can't read the longest prompts of training data, with a completion, or its
+        images. Rollouts are checked too. A stream isn't looked at: it may be slow, or move on.
+        """
+        columns = set(getattr(dataset, "column_names", None) or ())
+        prompts = []
+        if isinstance(dataset, Dataset):
+            texts = dataset.select_columns(sorted({"prompt", "teacher_prompt"} & columns))[:PROMPTS_TO_MEASURE]
+            prompts = [prompt for column in texts.values() for prompt in column if prompt]
+        prompt_length = longest_prompt(prompts, tokenizer)
+        if prompt_length + (max_completion_length or 0) > self.teacher.max_length:
+            raise ValueError(
+                f"Prompts of {prompt_length} tokens and completions of up to {max_completion_length} are too long for the "
+                f"teacher {self.teacher.name}, which knows {self.teacher.max_length:.0f} positions. {self._length_remedy}"
+            )
+        if self.image_problem and columns & {"image", "images"} and "teacher_weight" not in columns:
+            raise ValueError(self._image_message)
+
+    def check(self, rows: Sequence):
+        """
+        Raises a `ValueError` if a [`~trl_rlad.scoring.rows.Row`] has a token id beyond the teacher's vocabulary, is longer than
+        its positions, or has images that it can't read.
+        """
+        longest = max(map(len, rows), default=0)
+        if longest > self.teacher.max_length:
+            raise ValueError(
+                f"A rollout has {longest} tokens with its prompt, but the teacher {self.teacher.name} knows only "
+                f"{self.teacher.max_length:.0f} positions. {self._length_remedy}"
+            )
+        highest = torch.cat([ids for row in rows for ids in (row.prompt, row.completion)]).max().item() if rows else 0
+        if highest >= self.teacher.vocab_size:
+            raise ValueError(
+                f"{_beyond_vocabulary('A rollout has the', highest, self.teacher)} If it is the student that emits it, "
+                '`generation_kwargs={"suppress_tokens": [...]}` keeps it from doing so.'
+            )
+        if self.image_problem and any(row.images for row in rows):
+            raise ValueError(self._image_message)
+
+    @property
+    def _length_remedy(self):
+        return (
+            "Lower `max_completion_length`, leave out longer prompts, choose a `teacher_model` for longer texts or "
+            f"{self.teacher.length_remedy}."
+        )
+
+    @property
+    def _image_message(self):
+        return (
+            f"The teacher {self.teacher.name} can't read the images of this data: {self.image_problem}. Choose a "
+            "`teacher_model` of the student's family, or give the rows with images the `teacher_weight` 0, which trains them "
+            "with GRPO."
+        )
+
+
+def _beyond_vocabulary(what, id, teacher):
+    return (
+        f"{what} token id {id}, but the teacher's vocabulary has only {teacher.vocab_size} rows. Choose a `teacher_model` that "
+        "knows all of the student's tokens."
+    )
+
+
+def find_unknown_ids(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos_token_ids: Collection[int] = ()
+) -> list[int]:
+    """
+    Ids that the student can emit and whose probability under the teacher means nothing.
+
+    These are the ids that the teacher's tokenizer doesn't have, the special tokens that it calls otherwise and, if the two
+    end their turns differently (a base model with `<|endoftext|>`, say, and an instruct model with `<|im_end|>`), the ids
+    that end the student's turn but not the teacher's. Different sizes of padded vocabularies don't matter.
+
+    Raises a `ValueError` if ordinary ids stand for different tokens, or the teacher doesn't know most of them.
+    """
+    student_tokens = {id: token for token, id in student.get_vocab().items()}
+    teacher_tokens = {id: token for token, id in teacher.get_vocab().items()}
+    conflicts = {id for id, token in student_tokens.items() if teacher_tokens.get(id, token) != token}
+    unknown = student_tokens.keys() - teacher_tokens.keys()
+    # Reserved tokens that one of the two has given a name are no reason to refuse a whole family of models
+    unknown |= conflicts & student.added_tokens_decoder.keys() & teacher.added_tokens_decoder.keys()
+    conflicts = sorted(conflicts - unknown)
+    if conflicts or 2 * len(unknown) > len(student_tokens):
+        examples = [
+            f"{id}: {student_tokens[id]!r} / {teacher_tokens.get(id)!r}" for id in conflicts or sorted(unknown)
+        ]
+        raise ValueError(
+            f"`teacher_model` reads the student's token ids differently: {len(examples)} ids stand for different tokens "
+            f"(id: student's / teacher's - {', '.join(examples[:3])}). RLAD compares the probabilities of the same token "
+            "ids, so choose a `teacher_model` that shares the student's tokenizer, saved beside its weights."
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        unknown |= set(eos_token_ids) - {teacher.eos_token_id}
+    return sorted(unknown)
+
+
+def find_nameable_ids(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    unknown_ids: Collection[int],
+    eos_token_ids: Collection[int],
+) -> list[int]:
+    """
+    Ids that mean the same to both, so that the teacher may name them to the student: neither those that [`find_unknown_ids`]
+    has found, nor an end of turn on which the student doesn't stop.
+    """
+    same = set(student.get_vocab().values()) & set(teacher.get_vocab().values()) - set(unknown_ids)
+    return sorted(same - ({teacher.eos_token_id} - set(eos_token_ids)))
+
+
+def longest_prompt(prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Number of tokens of about the longest prompt, without what a chat template adds: of those with the most characters. Of chat
+    messages only the text counts.
+    """
+
+    def text_of(prompt):
+        contents = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
+        parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+        return " ".join(part.get("text") or "" for content in parts for part in content)
+
+    texts = sorted(map(text_of, prompts), key=len)[-8:]
+    return max(map(len, tokenizer(texts)["input_ids"])) if texts else 0
+
+
+def find_image_problem(student: ProcessorMixin, teacher: ProcessorMixin) -> str | None:
+    """
+    Why the teacher can't read the images that the student's processor has prepared, or `None` if it can.
+
+    The teacher is given the student's tensors, among the student's placeholder tokens. So its own processor must make the
+    same of an image: its size, patches and normalization, the number of placeholders and their token ids.
+    """
+    from PIL import Image  # which is there where there are processors of images
+
+    image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
+
+    def read(processor):
+        return processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            chat_template=student.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    expected, inputs = read(student), read(teacher)
+    different = sorted(
+        name
+        for name in expected.keys() | inputs.keys()
+        if name not in expected or name not in inputs or not torch.equal(expected[name], inputs[name])
+    )
+    if different:
+        return f"its processor makes something else of an image than the student's ({', '.join(different)} differ)"
+    return None

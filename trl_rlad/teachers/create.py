@@ -1,0 +1,88 @@
+"""From the settings to the class of a teacher."""
+
+from collections.abc import Callable, MutableMapping
+from os import PathLike, fspath
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, is_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import RLADConfig
+from .adapters import AdapterTeacher
+from .local import LocalTeacher
+from .own_base import OwnBaseTeacher
+from .server import ServedTeacher
+from .sharded import FSDPTeacher, ZeRO3Teacher
+from .teacher import Teacher
+
+
+def create_teacher(
+    teacher_model: str | PreTrainedModel | None,
+    args: RLADConfig,
+    accelerator: Accelerator,
+    get_student: Callable,
+    tokenizer: PreTrainedTokenizerBase,
+    urls: list[str] | None = None,
+    bases: MutableMapping | None = None,
+) -> Teacher:
+    """
+    The teacher that fits the model and the way in which training is distributed.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
+            Name, path or model, or `"base"` for the base model of a student that trains an adapter.
+        args ([`RLADConfig`]), accelerator ([`~accelerate.Accelerator`]):
+            Settings of the training, and what knows how it is distributed.
+        get_student (`Callable`), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Returns the model that is trained, as it is at that time; and its tokenizer.
+        urls (`list[str]`, *optional*):
+            Addresses of the servers that the teacher is behind. `teacher_model` is then what it is called there.
+        bases (`MutableMapping`, *optional*):
+            Where teachers that are adapters of the same base find it, see [`AdapterTeacher`].
+
+    Raises:
+        `TypeError`: if `teacher_model` is neither a name nor a model.
+        `ValueError`: if the settings don't fit together.
+    """
+    if isinstance(teacher_model, PathLike):
+        teacher_model = fspath(teacher_model)
+    if urls:
+        if isinstance(teacher_model, PreTrainedModel):
+            raise TypeError("A teacher is behind one of `teacher_server_urls` or a model object, not both.")
+        return ServedTeacher(urls, teacher_model, args)
+    if teacher_model == "base":
+        if not is_peft_model(get_student()):
+            raise ValueError(
+                '`teacher_model="base"` is the base model of a student that trains an adapter, but this student trains '
+                "all its weights. Pass `peft_config`, or the name or path of a teacher."
+            )
+        settings = {"teacher_zero_stage", "teacher_offload", "teacher_model_init_kwargs", "teacher_model_revision"}
+        for name in sorted(settings):
+            if getattr(args, name) not in (None, "none"):
+                raise ValueError(f'`{name}` has no meaning for `teacher_model="base"`, which is where the student is.')
+        return OwnBaseTeacher(get_student, tokenizer, accelerator, args.temperature)
+    if not isinstance(teacher_model, (str, PreTrainedModel)):
+        raise TypeError(
+            f"`teacher_model` must be a name, a path or a `PreTrainedModel`, but is a `{type(teacher_model).__name__}`."
+        )
+
+    stage, offload = args.teacher_zero_stage, args.teacher_offload
+    distributed_type = accelerator.distributed_type
+    if distributed_type != DistributedType.DEEPSPEED and stage is not None:
+        raise ValueError(
+            f"`teacher_zero_stage={stage}` needs DeepSpeed: launch with `accelerate launch --config_file` and one of "
+            "`examples/accelerate_configs/zero*.yaml`, or leave it unset."
+        )
+    if distributed_type == DistributedType.FSDP and offload != "none":
+        raise ValueError(
+            "Under FSDP the teacher is offloaded as the student is: leave `teacher_offload` at 'none', and set "
+            "`fsdp_offload_params: true` in the accelerate config."
+        )
+    if distributed_type == DistributedType.DEEPSPEED and stage is None:
+        stage = 3 if accelerator.state.deepspeed_plugin.zero_stage == 3 else 0
+    teacher_class = ZeRO3Teacher if stage == 3 else LocalTeacher
+    teacher_class = FSDPTeacher if distributed_type == DistributedType.FSDP else teacher_class
+    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
+        # It may turn out not to be an adapter, and then it is like any other
+        return AdapterTeacher(teacher_model, args, accelerator, bases)
+    return teacher_class(teacher_model, args, accelerator)
