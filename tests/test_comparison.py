@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import comparison
+import probe_study
 import variants
 
 from trl_rlad import RLADConfig
@@ -105,3 +106,7 @@ def test_every_method_is_well_formed(tmp_path):
         *comparison.QUICK,
         *comparison.QUICK_FLAWED,
     } <= set(comparison.METHODS)
+
+
+def test_the_probe_quotes_the_study():
+    assert json.loads(probe_study.QUOTED.read_text()) == probe_study.quote()
