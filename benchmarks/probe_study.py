@@ -2,23 +2,31 @@
 Does `trl-rlad probe` foretell which method wins? Its figures beside the results of `comparison.py`.
 
     python benchmarks/probe_study.py
+    python benchmarks/probe_study.py --write    # only the figures that the probe quotes, from the results that are there
 
 For each student and each teacher of that study, whose runs are in `results/comparison_runs.jsonl`. It takes three minutes on
-a CPU core, and another three the first time, for the models of the study.
+a CPU core, and another three the first time, for the models of the study. What the probe quotes of it goes to
+`trl_rlad/reports/study.json`.
 """
 
 import argparse
+import json
+import re
 from pathlib import Path
 from statistics import mean
 
 import comparison
 import torch
+from arguments import read_method
 
+from trl_rlad import RLADConfig
 from trl_rlad.reports.probe import recommend, report
 from trl_rlad.reports.probe_run import Probe
 
 
 RESULTS = Path(__file__).parent / "results"
+QUOTED = Path(__file__).parents[1] / "trl_rlad" / "reports" / "study.json"
+CASES = [(student, teacher) for student in comparison.STUDENTS for teacher in comparison.TEACHERS]
 FIGURES = (
     "mean@1", "pass@k", "signal", "all_failed", "student_entropy", "gap", "beyond_clip", "discrimination", "teacher_auc", "student_auc",
     "prefers_rewarded", "prefers_punished", "contradicted_failed", "contradicted_succeeded", "top1", "entropy", "clip_high@0.5", "clip_low@0.5",
@@ -34,7 +42,7 @@ training, in points, from the runs of [the comparison](../../comparison.py).
 """
 
 
-def gains(student, teacher):
+def gains(student, teacher, methods=METHODS):
     """Gain over GRPO of each method in the study, in points, with half the width of its 95% interval."""
     plan = comparison.make_plan(student)
     results = comparison.read_results(RESULTS / "comparison_runs.jsonl")
@@ -42,7 +50,7 @@ def gains(student, teacher):
     runs = comparison.select(results, plan)
     grpo = comparison.pick(runs, "GRPO", teacher, rates["GRPO"], plan["seeds"])
     found = {}
-    for method in METHODS:
+    for method in methods:
         of_method = comparison.pick(runs, method, teacher, rates.get(method), plan["seeds"]) if method in rates else []
         if of_method:
             differences = [
@@ -63,33 +71,86 @@ def probe(student, teacher, prompts, models):
     return figures | probe.sample_teacher(prompts)
 
 
+def quote():
+    """What `trl_rlad.probe.recommend` says of the study; gains and costs are in points of accuracy over or below GRPO's."""
+    table = (RESULTS / "probe" / "study.md").read_text()
+    row = re.search(r"^\| `contradicted_failed` \| (.*) \|$", table, re.MULTILINE)[1]
+    contradicted = dict(zip(CASES, (float(cell.split()[0]) for cell in row.split(" | ")), strict=True))
+    study = {case: gains(*case, comparison.METHODS) for case in CASES}
+    flawed = [case for case in CASES if case[1] == "flawed"]
+    sure = ("mistaken", "strong")  # the case in which naming helps
+    offline = [study[case]["offline distillation"][0] for case in CASES]
+    elsewhere = [share for (student, _), share in contradicted.items() if student != "mistaken"]
+
+    def gain(case, method, sign=1):
+        points, plus_minus = study[case][method]
+        return {"points": round(sign * points, 3), "plus_minus": round(plus_minus, 3)}
+
+    def span(values):
+        return [round(min(values), 3), round(max(values), 3)]
+
+    def describe(settings):
+        defaults = RLADConfig.__dataclass_fields__
+        named = [name for name, value in settings.items() if name == "alpha" or value != defaults[name].default]
+        return ", ".join(f"{name}={settings[name]}" for name in named)
+
+    return {
+        "source": "python benchmarks/probe_study.py --write",
+        "naming": {"gain": gain(sure, "RLAD + named"), "contradicted_failed": contradicted[sure]},
+        "naming_without_gain": {"contradicted_failed": span(elsewhere)},
+        "naming_by_a_flawed_teacher": {
+            "cost": span([-study[case]["RLAD + named"][0] for case in flawed]),
+            "largest_cost_with_teacher_weight": max(
+                (gain(case, "RLAD + named, trusted", -1) for case in flawed), key=lambda cost: cost["points"]
+            ),
+        },
+        "offline_distillation": {
+            "settings": len(CASES),
+            "best_in": sum(max(each.values())[0] == best for each, best in zip(study.values(), offline, strict=True)),
+            "gain": span(offline),
+            "gain_alone": gain(sure, "offline distillation"),
+            "gain_with_half_of_its_steps_given_to_rlad": gain(sure, "offline, then RLAD + named"),
+        },
+        "settings": {name: describe(read_method(name)) for name in ("grpo", "rlad_named")},
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=96, help="prompts of each probe, with 8 completions each")
     parser.add_argument(
         "--models", type=Path, default=Path("outputs", "comparison"), help="where the models are or go"
     )
+    parser.add_argument("--write", action="store_true", help="only write what the probe quotes")
     args = parser.parse_args()
+    if not args.write:
+        run(args)
+    QUOTED.parent.mkdir(exist_ok=True)
+    QUOTED.write_text(json.dumps(quote(), indent=2) + "\n")
+    print(f"Wrote {QUOTED}")
+
+
+def run(args):
+    """Probe every case, and write the table."""
     torch.set_num_threads(1)
     args.models.mkdir(parents=True, exist_ok=True)
-    cases = [(student, teacher) for student in comparison.STUDENTS for teacher in comparison.TEACHERS]
     for name in ("flawed_teacher", "hasty_student", "sheltered_student"):
         if not (args.models / name).exists():
             comparison.COMPARISON[name](args.models / name)
-    found = {case: probe(*case, args.prompts, args.models) for case in cases}
+    found = {case: probe(*case, args.prompts, args.models) for case in CASES}
 
-    rows = [["", *(f"{student}, {teacher}" for student, teacher in cases)]]
+    rows = [["", *(f"{student}, {teacher}" for student, teacher in CASES)]]
     rows.append(["---"] * len(rows[0]))
     for name in FIGURES:
-        rows.append([f"`{name}`", *("{:.2f} ({:.2f} to {:.2f})".format(*found[case][name]) for case in cases)])
+        rows.append([f"`{name}`", *("{:.2f} ({:.2f} to {:.2f})".format(*found[case][name]) for case in CASES)])
     for name in ("teacher_accuracy", "teacher_rescues"):
-        rows.append([f"`{name}`", *(f"{found[case][name]:.2f}" for case in cases)])
-    study = {case: gains(*case) for case in cases}
+        rows.append([f"`{name}`", *(f"{found[case][name]:.2f}" for case in CASES)])
+    study = {case: gains(*case) for case in CASES}
     for method in METHODS:
-        cells = [study[case].get(method) for case in cases]
+        cells = [study[case].get(method) for case in CASES]
         rows.append([f"{method}, over GRPO", *("{:+.1f} ± {:.1f}".format(*cell) if cell else "-" for cell in cells)])
     for name in ("before", "in the loss"):
-        rows.append([f"the probe's advice: {name}", *(recommend(found[case])[name].split(" (")[0] for case in cases)])
+        rows.append([f"the probe's advice: {name}", *(recommend(found[case])[name].split(" (")[0] for case in CASES)])
     table = "\n".join("| " + " | ".join(row).replace("nan (nan to nan)", "-") + " |" for row in rows)
     path = RESULTS / "probe" / "study.md"
     path.parent.mkdir(exist_ok=True)

@@ -34,9 +34,9 @@ from trl_rlad.checkpoints import last_checkpoint
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
+sys.path.insert(0, str(EXAMPLES))
 
-from knights_knaves import MAX_COMPLETION_LENGTH, correctness_reward, make_dataset  # noqa: E402
+from tasks.mini import MAX_COMPLETION_LENGTH, correctness_reward, make_dataset  # noqa: E402
 
 
 async def reward(**columns):

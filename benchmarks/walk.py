@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "examples" / "mini"
 OFFLINE = {
-    "from datasets import load_dataset": "from knights_knaves import make_dataset",
-    "from trl.rewards import accuracy_reward": "from knights_knaves import correctness_reward as accuracy_reward",
+    "from datasets import load_dataset": "from tasks.mini import make_dataset",
+    "from trl.rewards import accuracy_reward": "from tasks.mini import correctness_reward as accuracy_reward",
     'load_dataset("trl-lib/DeepMath-103K", split="train")': "make_dataset([2, 3], 400, 0, False)",
     "Qwen/Qwen3-0.6B": str(MINI / "student"),
     "Qwen/Qwen3-8B": str(MINI / "teacher"),
@@ -52,7 +52,7 @@ def main():
         places = {"venv": f"{folder}/venv", "bin": f"{folder}/venv/bin", "out": folder}
         write_script(Path(folder))
         env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        env |= {"PYTHONPATH": str(MINI)}
+        env |= {"PYTHONPATH": str(MINI.parent)}
         rows = []
         for name, command in STEPS.items():
             start = time.perf_counter()

@@ -21,20 +21,16 @@ For mathematics take [lighteval](https://github.com/huggingface/lighteval), whic
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
 
-import rlad_grpo
-from datasets import Dataset
-from mini.knights_knaves import MAX_COMPLETION_LENGTH
-from rlad_grpo import require
-from sampling import grade, sample
-from transformers import PreTrainedModel
+from arguments import MINI, parse_task_kwargs, require
+from sampling import evaluate
+from tasks import load_task
+from tasks.mini import MAX_COMPLETION_LENGTH
 from trl import TrlParser
 
-from trl_rlad.evaluation import pass_at_k
 from trl_rlad.trainer import check_writable
 
 
@@ -92,7 +88,7 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.task == "mini":
             # Relative, as the path goes into the JSON file
-            self.model_name_or_path = self.model_name_or_path or os.path.relpath(rlad_grpo.MINI / "student")
+            self.model_name_or_path = self.model_name_or_path or os.path.relpath(MINI / "student")
         if self.model_name_or_path is None:
             raise ValueError(f"`--task {self.task}` needs a model: name it with `--model_name_or_path`.")
         require(self, 1, "eval_size", "num_samples", "max_completion_length", "batch_size")
@@ -101,83 +97,17 @@ class EvaluationArguments:
         self.k = sorted(set(self.k or [1, self.num_samples]))
 
 
-def evaluate(
-    model: str | PreTrainedModel,
-    dataset: Dataset,
-    reward: Callable[..., list[float]],
-    best: float,
-    num_samples: int = 8,
-    k: list[int] | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    **sampling,
-) -> dict[str, dict[str, float]]:
-    """
-    Measures a model on each difficulty.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The model, see [`~sampling.sample`].
-        dataset (`Dataset`):
-            Puzzles, with the columns `prompt`, `difficulty` and those that the reward reads.
-        reward (`Callable`):
-            Reward function in TRL's form.
-        best (`float`):
-            Reward of a right answer.
-        num_samples (`int`, *optional*, defaults to `8`):
-            Number of samples per puzzle.
-        k (`list[int]`, *optional*):
-            The k of Pass@k. `None` takes 1 and `num_samples`.
-        temperature (`float`, *optional*, defaults to `0.6`):
-            Temperature.
-        top_p (`float`, *optional*, defaults to `0.95`):
-            Probability mass of the tokens to draw from.
-        sampling:
-            Further arguments of [`~sampling.sample`].
-
-    Returns:
-        `dict[str, dict[str, float]]`:
-            For each difficulty that has a name, and for `"overall"`: the number of `puzzles`, the number of `samples`
-            in all, `mean@{num_samples}`, and `pass@{k}` for each k. Puzzles that the reward can't judge are left out.
-    """
-    k = k or sorted({1, num_samples})
-    for each in k:
-        pass_at_k(num_samples, 0, each)  # refuses a bad k before anything is sampled
-    completions = sample(model, list(dataset["prompt"]), num_samples, temperature, top_p, **sampling)
-    groups = {}
-    for difficulty, marks in zip(dataset["difficulty"], grade(dataset, completions, reward, best), strict=True):
-        if None in marks:  # the reward can't judge this puzzle
-            continue
-        for name in {str(difficulty), "overall"} - {""}:
-            groups.setdefault(name, []).append(sum(marks))
-    if not groups:
-        raise ValueError("The reward function can judge none of the puzzles.")
-    return {
-        name: {
-            "puzzles": len(counts),
-            "samples": len(counts) * num_samples,
-            f"mean@{num_samples}": sum(counts) / len(counts) / num_samples,
-            **{f"pass@{each}": sum(pass_at_k(num_samples, c, each) for c in counts) / len(counts) for each in k},
-        }
-        for name, counts in sorted(groups.items())
-    }
-
-
 def main():
     args = TrlParser(EvaluationArguments).parse_args_and_config()[0]
     if args.output is not None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         check_writable(str(Path(args.output).parent))
-    # One training puzzle, as none is needed; a tokenizer measures the length of prompts of the math task
-    data_args = rlad_grpo.ScriptArguments(
-        args.task, args.task_kwargs, 1, args.eval_size, teacher_model_name_or_path=args.model_name_or_path
-    )
-    _, dataset, reward, best = rlad_grpo.load_data(data_args, args.seed)
+    # One training puzzle, as none is needed
+    task_kwargs = parse_task_kwargs(args.task_kwargs)
+    task = load_task(args.task, 1, args.eval_size, args.seed, task_kwargs, tokenizer=args.model_name_or_path)
     scores = evaluate(
         args.model_name_or_path,
-        dataset,
-        reward,
-        best,
+        task,
         num_samples=args.num_samples,
         k=args.k,
         temperature=args.temperature,

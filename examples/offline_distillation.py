@@ -18,16 +18,13 @@ it, so that another run with the same settings doesn't ask again. The share of r
 
 import json
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import rlad_grpo
+from arguments import MINI, find_checkpoint, get_init_kwargs, parse_arguments, parse_task_kwargs, require
 from datasets import Dataset, load_from_disk
-from evaluate import evaluate
-from rlad_grpo import MINI, require
-from sampling import encode_prompts, grade, sample, store_teacher_weight
+from sampling import encode_prompts, evaluate, grade, sample, store_teacher_weight
+from tasks import Task, load_task
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -75,7 +72,7 @@ class ScriptArguments:
 
     def __post_init__(self):
         require(self, 1, "eval_size", "num_prompts", "samples_per_prompt", "max_completion_length", "batch_size")
-        self.task_kwargs = rlad_grpo.parse_task_kwargs(self.task_kwargs)
+        self.task_kwargs = parse_task_kwargs(self.task_kwargs)
         if self.task == "mini":
             # Relative, as the path goes into `teacher_samples.json`
             self.teacher_model_name_or_path = self.teacher_model_name_or_path or os.path.relpath(MINI / "teacher")
@@ -83,26 +80,20 @@ class ScriptArguments:
 
 def collect(
     teacher: str,
-    dataset: Dataset,
-    reward: Callable[..., list[float]],
-    best: float,
+    task: Task,
     samples_per_prompt: int = 8,
     max_new_tokens: int = 2048,
     path: Path | None = None,
     **sampling,
 ) -> tuple[Dataset, dict[str, int]]:
     """
-    Samples a teacher's answers to the prompts of a dataset and keeps the right ones.
+    Samples a teacher's answers to the training puzzles of a task and keeps the right ones.
 
     Args:
         teacher (`str`):
             Name or path of the teacher.
-        dataset (`Dataset`):
-            Puzzles, with the column `prompt` and those that the reward reads.
-        reward (`Callable`):
-            Reward function in TRL's form.
-        best (`float`):
-            Reward of a right answer.
+        task ([`~tasks.Task`]):
+            The task.
         samples_per_prompt (`int`, *optional*, defaults to `8`):
             Number of answers to each prompt. The same one may come up, and be kept, more than once.
         max_new_tokens (`int`, *optional*, defaults to `2048`):
@@ -118,7 +109,7 @@ def collect(
             `solved_prompts` (with a right answer), of `samples`, of `kept_samples`, and of tokens in both, `tokens` and
             `kept_tokens`, the end-of-sequence token included.
     """
-    prompts = list(dataset["prompt"])
+    prompts = list(task.train_dataset["prompt"])
     completions = sample(teacher, prompts, samples_per_prompt, max_new_tokens=max_new_tokens, **sampling)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     kept = []
@@ -130,7 +121,7 @@ def collect(
         "tokens": 0,
         "kept_tokens": 0,
     }
-    all_marks = grade(dataset, completions, reward, best)
+    all_marks = grade(task, task.train_dataset, completions)
     if path is not None:
         store_teacher_weight(path, teacher, prompts, all_marks)
     for prompt, texts, marks in zip(prompts, completions, all_marks, strict=True):
@@ -210,11 +201,7 @@ def make_trainer(student: str | PreTrainedModel, dataset: Dataset, args: SFTConf
 def main():
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
     parser.set_defaults(max_length=None)  # or TRL cuts the answers at 1,024 tokens
-    arguments = sys.argv[1:]
-    named = {argument.split("=")[0].replace("-", "_") for argument in arguments}
-    if not named & {"__config", "__task", "__model_name_or_path", "__help", "_h"}:
-        arguments = ["--config", str(MINI / "offline_distillation.yaml"), *arguments]
-    script_args, args, model_args = parser.parse_args_and_config(arguments)
+    script_args, args, model_args = parse_arguments(parser, base=MINI / "offline_distillation.yaml")
     if args.world_size > 1:
         raise ValueError("Run this script with `python`: the teacher samples in one process.")
     student, teacher = model_args.model_name_or_path, script_args.teacher_model_name_or_path
@@ -225,23 +212,12 @@ def main():
             f"`--task {script_args.task}` needs a student and a teacher: name them with `--model_name_or_path` and "
             "`--teacher_model_name_or_path`."
         )
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-    checkpoint = rlad_grpo.find_checkpoint(args)
+    args.model_init_kwargs = get_init_kwargs(args, model_args)
+    checkpoint = find_checkpoint(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     check_writable(args.output_dir)
-    data_args = rlad_grpo.ScriptArguments(
-        script_args.task,
-        script_args.task_kwargs,
-        script_args.num_prompts,
-        script_args.eval_size,
-        teacher_model_name_or_path=teacher,
-    )
-    train_dataset, eval_dataset, reward, best = rlad_grpo.load_data(data_args, args.seed)
+    sizes = script_args.num_prompts, script_args.eval_size
+    task = load_task(script_args.task, *sizes, args.seed, script_args.task_kwargs, tokenizer=teacher)
     sampling = {
         "max_new_tokens": script_args.max_completion_length,
         "batch_size": script_args.batch_size,
@@ -249,15 +225,13 @@ def main():
         "backend": script_args.backend,
     }
     # First, as a student that can't be loaded is found thereby
-    before = evaluate(student, eval_dataset, reward, best, num_samples=1, **sampling)
+    before = evaluate(student, task, num_samples=1, **sampling)
     settings = asdict(script_args) | {"seed": args.seed}
     dataset, counts = load_samples(args.output_dir, settings)
     if dataset is None:
         dataset, counts = collect(
             teacher,
-            train_dataset,
-            reward,
-            best,
+            task,
             script_args.samples_per_prompt,
             path=Path(args.output_dir, "teacher_weight.json"),
             temperature=script_args.temperature,
@@ -278,8 +252,8 @@ def main():
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = evaluate(trainer.model, eval_dataset, reward, best, num_samples=1, **sampling)
-    print(f"Accuracy on {len(eval_dataset)} held-out puzzles:")
+    after = evaluate(trainer.model, task, num_samples=1, **sampling)
+    print(f"Accuracy on {len(task.eval_dataset)} held-out puzzles:")
     for difficulty, scores in before.items():
         print(f"  {difficulty:>8}  {scores['mean@1']:6.1%} -> {after[difficulty]['mean@1']:6.1%}", flush=True)
     trainer.save_model()

@@ -13,31 +13,24 @@ Any of reasoning-gym's tasks, with any student and teacher:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-rlad
 
-or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`. `--alpha 1.0
---teacher_kl_coef 0` is the GRPO baseline, and `--teacher_kl_coef 0` the paper's form of RLAD.
+or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`, and those of the methods, for
+any run, in `examples/methods/`: `--config examples/methods/grpo.yaml` is the GRPO baseline, and `rlad.yaml` the paper's form
+of RLAD.
 """
 
-import json
-import sys
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from accelerate import PartialState
+from arguments import MINI, find_checkpoint, get_init_kwargs, parse_arguments, parse_task_kwargs, require
 from datasets import Dataset
-from math_task import load_math
-from mini import knights_knaves
-from reasoning_tasks import load_task
 from sampling import add_teacher_weight
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from tasks import load_task
+from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_rlad import RLADConfig, RLADTrainer
-from trl_rlad.checkpoints import last_checkpoint
-
-
-MINI = Path(__file__).parent / "mini"
 
 
 @dataclass
@@ -47,7 +40,7 @@ class ScriptArguments:
 
     Args:
         task (`str`, *optional*, defaults to `"mini"`):
-            `"mini"`, knights and knaves in miniature; `"math"`, see [`~math_task.load_math`]; or the name of a task of
+            `"mini"`, knights and knaves in miniature; `"math"`, see [`~tasks.mathematics.load_math`]; or the name of a task of
             reasoning-gym, such as `"knights_knaves"`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task.
@@ -90,48 +83,6 @@ class ScriptArguments:
         require(self, 0, "teacher_samples")
 
 
-def require(args, least: int, *names: str):
-    """Raises a `ValueError` if one of these arguments is given and less than `least`."""
-    for name in names:
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"`--{name}` must be at least {least}, but is {value}.")
-
-
-def parse_task_kwargs(task_kwargs: dict | str | None) -> dict:
-    """The settings of a task, from JSON or YAML."""
-    try:
-        parsed = json.loads(task_kwargs) if isinstance(task_kwargs, str) else task_kwargs or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`--task_kwargs` must be JSON, but is {task_kwargs!r}: {error}.") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(
-            f"`--task_kwargs` must be settings with names, as in '{{\"n_people\": [3, 4]}}', not {parsed!r}."
-        )
-    return parsed
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """
-    The checkpoint that `--resume_from_checkpoint` names, by its path or as `true`, the last one in the output folder.
-
-    Raises a `ValueError` if there is none, or if there are some and training was not to go on from them.
-    """
-    last = last_checkpoint(args.output_dir)
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        if last is not None:
-            raise ValueError(
-                f"`--output_dir {args.output_dir}` has the checkpoints of another run, which this one would replace. Go on from "
-                "the last of them with `--resume_from_checkpoint true`, or choose another folder."
-            )
-        return None
-    checkpoint = last if str(wanted).lower() == "true" else wanted
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        where = args.output_dir if checkpoint is None else checkpoint
-        raise ValueError(f"`--resume_from_checkpoint {wanted}`: there is no checkpoint in {where}.")
-    return checkpoint
-
-
 class RewardBar(ProgressCallback):
     """The Trainer's progress bar, with the reward beside it instead of thirty metrics below. They are in the log."""
 
@@ -141,31 +92,6 @@ class RewardBar(ProgressCallback):
 
     def on_prediction_step(self, *args, **kwargs):
         pass
-
-
-def load_data(args: ScriptArguments, seed: int):
-    """Returns training set, held-out set, reward function and the reward of a right answer."""
-    if args.task == "mini":
-        n_people = args.task_kwargs.get("n_people", [2, 3, 4])
-        if (
-            args.task_kwargs.keys() - {"n_people"}
-            or not isinstance(n_people, list)
-            or not {2, 3, 4} >= set(n_people) > set()
-        ):
-            raise ValueError(
-                "`--task_kwargs` of the mini task are one, `n_people`, a list of some of 2, 3 and 4, and not "
-                f"{json.dumps(args.task_kwargs)}."
-            )
-        sets = [
-            knights_knaves.make_dataset(n_people, size, seed, held_out)
-            for size, held_out in ((args.train_size, False), (args.eval_size, True))
-        ]
-        return *sets, knights_knaves.correctness_reward, 1.0
-    if args.task == "math":
-        tokenizer = args.teacher_model_name_or_path  # the student's is the same
-        return *load_math(args.train_size, args.eval_size, seed, tokenizer, **args.task_kwargs), 1.0
-    best = 3.0 if args.task == "knights_knaves" else 1.0
-    return *load_task(args.task, args.train_size, args.eval_size, seed, args.task_kwargs), best
 
 
 class AccuracyReport(TrainerCallback):
@@ -205,6 +131,11 @@ def measure(trainer: RLADTrainer, eval_dataset: Dataset) -> dict[str, dict[str, 
 
 def plot_rewards(steps: list[int], rewards: list[float], path: Path):
     """Draw the mean reward of the rollouts over the steps of training."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"No {path.name}: it is drawn by matplotlib, which isn't installed.")
+        return
     plt.figure(figsize=(6, 3.5), layout="tight")
     plt.plot(steps, rewards)
     plt.xlabel("step")
@@ -215,11 +146,7 @@ def plot_rewards(steps: list[int], rewards: list[float], path: Path):
 
 def main():
     parser = TrlParser((ScriptArguments, RLADConfig, ModelConfig))
-    arguments = sys.argv[1:]
-    named = {argument.split("=")[0].replace("-", "_") for argument in arguments}
-    if not named & {"__config", "__task", "__model_name_or_path", "__help", "_h"}:
-        arguments = ["--config", str(MINI / "config.yaml"), *arguments]
-    script_args, args, model_args = parser.parse_args_and_config(arguments)
+    script_args, args, model_args = parse_arguments(parser, base=MINI / "config.yaml")
     student, teacher = model_args.model_name_or_path, script_args.teacher_model_name_or_path
     if script_args.task == "mini":
         student, teacher = student or str(MINI / "student"), teacher or str(MINI / "teacher")
@@ -232,35 +159,28 @@ def main():
             "`--teacher_samples` samples the teacher here: name it with `--teacher_model_name_or_path` too."
         )
     checkpoint = find_checkpoint(args)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-    train_dataset, eval_dataset, reward, best = load_data(script_args, args.seed)
+    args.model_init_kwargs = get_init_kwargs(args, model_args)
+    sizes = script_args.train_size, script_args.eval_size
+    # The teacher's tokenizer is the student's
+    task = load_task(script_args.task, *sizes, args.seed, script_args.task_kwargs, tokenizer=teacher)
 
+    train_dataset = task.train_dataset
     if script_args.teacher_samples > 0 and args.needs_teacher:
         with PartialState().main_process_first():
             train_dataset = add_teacher_weight(
-                train_dataset,
+                task,
                 teacher,
-                reward,
-                best,
                 script_args.teacher_samples,
                 Path(args.output_dir, "teacher_weight.json"),
                 max_new_tokens=args.max_completion_length,
                 seed=args.seed,
             )
 
-    def accuracy(**columns):
-        return [None if value is None else float(value == best) for value in reward(**columns)]
-
     args.reward_weights = [1.0, 0.0]  # the accuracy is only logged
     trainer = RLADTrainer(
         model=student,
         teacher_model=teacher if args.needs_teacher else None,
-        reward_funcs=[reward, accuracy],
+        reward_funcs=[task.reward, task.accuracy],
         args=args,
         train_dataset=train_dataset,
         quantization_config=get_quantization_config(model_args),
@@ -269,12 +189,12 @@ def main():
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RewardBar)
 
-    report = AccuracyReport(trainer, eval_dataset, script_args.report_steps)
+    report = AccuracyReport(trainer, task.eval_dataset, script_args.report_steps)
     trainer.add_callback(report)
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = measure(trainer, eval_dataset)
+    after = measure(trainer, task.eval_dataset)
     if trainer.is_world_process_zero():
-        print(f"Accuracy on {len(eval_dataset)} held-out puzzles:")
+        print(f"Accuracy on {len(task.eval_dataset)} held-out puzzles:")
         for difficulty, scores in report.before.items():
             for name, score in scores.items():
                 print(f"  {difficulty or script_args.task:>8}  {name}  {score:6.1%} -> {after[difficulty][name]:6.1%}")

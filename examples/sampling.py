@@ -1,11 +1,11 @@
 """Draw completions from a model, with transformers or vLLM, and see which are right."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from tasks import Task
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from trl_rlad.evaluation import pass_at_k
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str] | list[list[dict]]) -> list[list[int]]:
@@ -112,21 +114,72 @@ def sample(
     return completions
 
 
-def grade(
-    dataset: Dataset, completions: list[list[str]], reward: Callable[..., list[float | None]], best: float
-) -> list[list[bool | None]]:
-    """
-    Whether each completion of each prompt of `dataset` earns the reward of a right answer; `None` where the reward is, since
-    it can't tell.
-    """
-    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
-    is_chat = not isinstance(dataset[0]["prompt"], str)
+def grade(task: Task, puzzles: Dataset, completions: list[list[str]]) -> list[list[bool | None]]:
+    """Whether each completion of each of a task's `puzzles` is right; `None` where the reward can't tell."""
+    columns = {name: list(puzzles[name]) for name in puzzles.column_names if name != "prompt"}
+    is_chat = not isinstance(puzzles[0]["prompt"], str)
     scores = []
     for texts in zip(*completions, strict=True):  # the first completion of every prompt, then the second
         texts = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else list(texts)
-        scores.append(reward(prompts=list(dataset["prompt"]), completions=texts, **columns))
-    marks = [[None if score is None else score == best for score in of_completion] for of_completion in scores]
-    return [list(of_prompt) for of_prompt in zip(*marks, strict=True)]
+        scores.append(task.reward(prompts=list(puzzles["prompt"]), completions=texts, **columns))
+    return [list(map(task.is_right, of_prompt)) for of_prompt in zip(*scores, strict=True)]
+
+
+def evaluate(
+    model: str | PreTrainedModel,
+    task: Task,
+    num_samples: int = 8,
+    k: list[int] | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    **sampling,
+) -> dict[str, dict[str, float]]:
+    """
+    Measures a model on the held-out puzzles of a task, by their difficulty.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model, see [`sample`].
+        task ([`~tasks.Task`]):
+            The task.
+        num_samples (`int`, *optional*, defaults to `8`):
+            Number of samples per puzzle.
+        k (`list[int]`, *optional*):
+            The k of Pass@k. `None` takes 1 and `num_samples`.
+        temperature (`float`, *optional*, defaults to `0.6`):
+            Temperature.
+        top_p (`float`, *optional*, defaults to `0.95`):
+            Probability mass of the tokens to draw from.
+        sampling:
+            Further arguments of [`sample`].
+
+    Returns:
+        `dict[str, dict[str, float]]`:
+            For each difficulty that has a name, and for `"overall"`: the number of `puzzles`, the number of `samples`
+            in all, `mean@{num_samples}`, and `pass@{k}` for each k. Puzzles that the reward can't judge are left out.
+    """
+    k = k or sorted({1, num_samples})
+    for each in k:
+        pass_at_k(num_samples, 0, each)  # refuses a bad k before anything is sampled
+    puzzles = task.eval_dataset
+    completions = sample(model, list(puzzles["prompt"]), num_samples, temperature, top_p, **sampling)
+    groups = {}
+    for difficulty, marks in zip(puzzles["difficulty"], grade(task, puzzles, completions), strict=True):
+        if None in marks:  # the reward can't judge this puzzle
+            continue
+        for name in {str(difficulty), "overall"} - {""}:
+            groups.setdefault(name, []).append(sum(marks))
+    if not groups:
+        raise ValueError("The reward function can judge none of the puzzles.")
+    return {
+        name: {
+            "puzzles": len(counts),
+            "samples": len(counts) * num_samples,
+            f"mean@{num_samples}": sum(counts) / len(counts) / num_samples,
+            **{f"pass@{each}": sum(pass_at_k(num_samples, c, each) for c in counts) / len(counts) for each in k},
+        }
+        for name, counts in sorted(groups.items())
+    }
 
 
 def prompt_key(prompt: str | list[dict]) -> str:
@@ -165,28 +218,16 @@ def store_teacher_weight(
     return shares
 
 
-def add_teacher_weight(
-    dataset: Dataset,
-    teacher: str,
-    reward: Callable[..., list[float]],
-    best: float,
-    num_samples: int,
-    path: Path,
-    **sampling,
-) -> Dataset:
+def add_teacher_weight(task: Task, teacher: str, num_samples: int, path: Path, **sampling) -> Dataset:
     """
     Adds the column `teacher_weight`, by which the `RLADTrainer` lets a teacher have its say where it can be believed: the
     share of its answers to each prompt that are right.
 
     Args:
-        dataset (`Dataset`):
-            Puzzles, with the column `prompt` and those that the reward reads.
+        task ([`~tasks.Task`]):
+            The task.
         teacher (`str`):
             Name or path of the teacher.
-        reward (`Callable`):
-            Reward function in TRL's form.
-        best (`float`):
-            Reward of a right answer.
         num_samples (`int`):
             Number of answers to each prompt.
         path (`Path`):
@@ -195,9 +236,10 @@ def add_teacher_weight(
             Further arguments of [`sample`].
 
     Returns:
-        `Dataset`: with the column added.
+        `Dataset`: the training set with the column.
     """
-    keys = [prompt_key(prompt) for prompt in dataset["prompt"]]
+    puzzles = task.train_dataset
+    keys = [prompt_key(prompt) for prompt in puzzles["prompt"]]
     settings = {"teacher": teacher, "num_samples": num_samples}
     known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "teacher_weight": {}}
     if known["settings"] != settings:
@@ -208,8 +250,8 @@ def add_teacher_weight(
     weights = known["teacher_weight"]
     missing = list({key: row for row, key in enumerate(keys) if key not in weights}.values())
     if missing:
-        asked = dataset.select(missing)
+        asked = puzzles.select(missing)
         completions = sample(teacher, list(asked["prompt"]), num_samples, **sampling)
-        marks = grade(asked, completions, reward, best)
+        marks = grade(task, asked, completions)
         weights = store_teacher_weight(path, teacher, asked["prompt"], marks, weights)
-    return dataset.add_column("teacher_weight", [weights[key] for key in keys])
+    return puzzles.add_column("teacher_weight", [weights[key] for key in keys])

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import comparison
+import probe_study
 import variants
 
 from trl_rlad import RLADConfig
@@ -93,9 +94,9 @@ def test_every_method_is_well_formed(tmp_path):
     for phases in comparison.METHODS.values():
         for phase in phases:
             if phase is not comparison.OFFLINE:
-                settings = {name: value for name, value in phase.items() if name not in ("trainer", "trusted")}
+                settings = {name: value for name, value in phase.items() if name not in ("guide", "trusted")}
                 RLADConfig(str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_type="constant", **settings)
-                assert hasattr(variants, phase.get("trainer", "RLADTrainer"))
+                assert hasattr(variants, phase.get("guide", "TeacherGuide"))
     for plan in comparison.STUDENTS.values():
         assert set(plan["flawed"]) <= set(plan["methods"]) <= set(comparison.METHODS)
         assert plan["steps"] % plan["eval_steps"] == 0  # or the end isn't measured
@@ -105,3 +106,7 @@ def test_every_method_is_well_formed(tmp_path):
         *comparison.QUICK,
         *comparison.QUICK_FLAWED,
     } <= set(comparison.METHODS)
+
+
+def test_the_probe_quotes_the_study():
+    assert json.loads(probe_study.QUOTED.read_text()) == probe_study.quote()

@@ -170,6 +170,6 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
 
     rows = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     assert logged == set(rows) - {"scorer_failures"}
-    assert '"scorer_failures"' in (ROOT / "examples/reasoning_tasks.py").read_text()
+    assert '"scorer_failures"' in (ROOT / "examples/tasks/reasoning.py").read_text()
     readme = set(re.findall(r"`((?:teacher|clip_ratio|eval_rewards)/[\w@/]+)`", (ROOT / "README.md").read_text()))
     assert readme <= set(rows)

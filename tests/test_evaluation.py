@@ -16,10 +16,10 @@ from trl_rlad.evaluation import pass_at_k
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import evaluate as script  # noqa: E402
-from evaluate import evaluate, grade  # noqa: E402
-from mini.knights_knaves import correctness_reward, make_dataset  # noqa: E402
-from rlad_grpo import MINI  # noqa: E402
-from sampling import encode_prompts, sample  # noqa: E402
+from arguments import MINI  # noqa: E402
+from sampling import encode_prompts, evaluate, grade, sample  # noqa: E402
+from tasks import Task  # noqa: E402
+from tasks.mini import correctness_reward, make_dataset  # noqa: E402
 
 
 STUDENT, TEACHER = str(MINI / "student"), str(MINI / "teacher")
@@ -111,13 +111,14 @@ def test_grade_takes_the_best_reward_only():
 
     prompt = [{"role": "user", "content": "?"}]
     dataset = make_dataset([2], 2, 0, True).map(lambda row: {"prompt": prompt, "answer": ""})
-    marks = grade(dataset, [["right", "wrong", ""], ["", "right", "right"]], reward, best=3.0)
+    task = Task(None, dataset, reward, best=3.0)
+    marks = grade(task, dataset, [["right", "wrong", ""], ["", "right", "right"]])
     assert marks == [[True, False, None], [None, True, True]]
 
 
 def test_scores_by_difficulty(puzzles):
     settings = {"temperature": 2.0, "max_new_tokens": 33, "seed": 5}  # at lower ones the student is too sure to vary
-    scores = evaluate(STUDENT, puzzles, correctness_reward, 1.0, num_samples=4, k=[1, 2, 4], **settings)
+    scores = evaluate(STUDENT, Task(None, puzzles, correctness_reward), num_samples=4, k=[1, 2, 4], **settings)
     completions = sample(STUDENT, list(puzzles["prompt"]), 4, top_p=0.95, **settings)
     marks = [[text == row["solution"] for text in texts] for row, texts in zip(puzzles, completions, strict=True)]
     groups = {name: [m for m, d in zip(marks, puzzles["difficulty"], strict=True) if d == name] for name in (2, 3, 4)}
@@ -133,26 +134,26 @@ def test_scores_by_difficulty(puzzles):
 
 def test_too_large_a_k_is_refused_before_sampling(puzzles):
     with pytest.raises(ValueError, match="from 1 to `num_samples` = 2, but is 3"):
-        evaluate("no model", puzzles, correctness_reward, 1.0, num_samples=2, k=[3])
+        evaluate("no model", Task(None, puzzles, correctness_reward), num_samples=2, k=[3])
 
 
 def test_the_script(tmp_path, monkeypatch, capsys):
-    sizes, load_data = [], script.rlad_grpo.load_data
+    sizes, load_task = [], script.load_task
 
-    def load(*args):
-        data = load_data(*args)
-        sizes.append([len(dataset) for dataset in data[:2]])
-        return data
+    def load(*args, **kwargs):
+        task = load_task(*args, **kwargs)
+        sizes.append([len(dataset) for dataset in (task.train_dataset, task.eval_dataset)])
+        return task
 
-    monkeypatch.setattr(script.rlad_grpo, "load_data", load)
+    monkeypatch.setattr(script, "load_task", load)
     output = tmp_path / "new" / "scores.json"
     arguments = f"--model_name_or_path {STUDENT} --eval_size 9 --num_samples 3 --seed 7 --output {output}".split()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     script.main()
     result = json.loads(output.read_text())
     assert sizes == [[1, 9]]
-    dataset = make_dataset([2, 3, 4], 9, seed=7, held_out=True)
-    expected = evaluate(STUDENT, dataset, correctness_reward, 1.0, num_samples=3, k=[1, 3], max_new_tokens=33, seed=7)
+    task = Task(None, make_dataset([2, 3, 4], 9, seed=7, held_out=True), correctness_reward)
+    expected = evaluate(STUDENT, task, num_samples=3, k=[1, 3], max_new_tokens=33, seed=7)
     assert result["scores"] == expected
     assert result["settings"]["k"] == [1, 3] and result["settings"]["max_completion_length"] == 33
     assert result["versions"].keys() >= {"torch", "transformers", "trl", "trl-rlad"}

@@ -14,6 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import rlad_grpo  # noqa: E402
+
+
 ACCELERATE = ["accelerate.commands.launch"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CHAT_TEMPLATE = (
@@ -92,6 +97,13 @@ def test_any_model_and_task(model, request, tmp_path):
     # Gibberish solves nothing: the reward of a bad format is -3
     assert scores(stdout) == {"2": (0.0, 0.0), "3": (0.0, 0.0)}
     assert "Mean reward of the rollouts: -3.00 -> -3.00" in stdout
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    rlad_grpo.plot_rewards([1], [0.5], tmp_path / "reward.png")
+    assert capsys.readouterr().out == "No reward.png: it is drawn by matplotlib, which isn't installed.\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_help():

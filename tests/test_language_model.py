@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 import language_model  # noqa: E402
 import offline_distillation  # noqa: E402
-from reasoning_tasks import load_task  # noqa: E402
+from tasks import load_task  # noqa: E402
 
 
 TASK = ["--task", "knights_knaves", "--task_kwargs", '{"n_people": 2}', "--eval_size", 4, "--seed", 0]
@@ -47,7 +47,7 @@ def base():
 def tuned(base, tmp_path_factory):
     """The same, after a few steps on right answers: it has learned the format, and not the puzzles."""
     folder = tmp_path_factory.mktemp("tuned")
-    puzzles, _, _ = load_task("knights_knaves", 12, 4, 0, {"n_people": 2})
+    puzzles = load_task("knights_knaves", 12, 4, 0, {"n_people": 2}).train_dataset
     rows = [
         {"prompt": row["prompt"], "completion": f"<think>I try.</think><answer>{write(row['answer'])}</answer>"}
         for row in puzzles

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "mini"))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
 
-from knights_knaves import OPERATORS, draw_puzzles, solve  # noqa: E402
 from make_models import MISREADINGS  # noqa: E402
+from tasks.mini import OPERATORS, draw_puzzles, solve  # noqa: E402
 
 
 MISREADING = OPERATORS | {"|": MISREADINGS["|"]}

@@ -15,11 +15,11 @@ from trl import SFTConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import offline_distillation as script  # noqa: E402
-from evaluate import evaluate  # noqa: E402
-from mini.knights_knaves import correctness_reward, make_dataset, make_tokenizer  # noqa: E402
+from arguments import MINI  # noqa: E402
 from offline_distillation import collect, make_trainer  # noqa: E402
-from rlad_grpo import MINI  # noqa: E402
-from sampling import add_teacher_weight, sample  # noqa: E402
+from sampling import add_teacher_weight, evaluate, sample  # noqa: E402
+from tasks import Task  # noqa: E402
+from tasks.mini import correctness_reward, make_dataset, make_tokenizer  # noqa: E402
 
 
 STUDENT, TEACHER = str(MINI / "student"), str(MINI / "teacher")
@@ -28,6 +28,10 @@ STUDENT, TEACHER = str(MINI / "student"), str(MINI / "teacher")
 @pytest.fixture(scope="module")
 def puzzles():
     return make_dataset([2, 3, 4], 24, seed=0, held_out=False)
+
+
+def make_task(puzzles, reward=correctness_reward, best=1.0):
+    return Task(puzzles, puzzles, reward, best)
 
 
 def make_config(output_dir, **kwargs):
@@ -39,7 +43,7 @@ def make_config(output_dir, **kwargs):
 @pytest.mark.parametrize("max_new_tokens", [33, 9, 8])  # solutions have an even number of tokens, and the end
 def test_only_right_answers_that_end_are_kept(puzzles, max_new_tokens):
     # The student as the teacher, as it is often wrong
-    pool, counts = collect(STUDENT, puzzles, correctness_reward, 1.0, 4, max_new_tokens, seed=3)
+    pool, counts = collect(STUDENT, make_task(puzzles), 4, max_new_tokens, seed=3)
     samples = sample(STUDENT, list(puzzles["prompt"]), 4, max_new_tokens=max_new_tokens, seed=3)
     answers = [(row, text, len(text.split())) for row, texts in zip(puzzles, samples, strict=True) for text in texts]
     right = [answer for answer in answers if answer[1] == answer[0]["solution"]]
@@ -60,13 +64,13 @@ def test_only_right_answers_that_end_are_kept(puzzles, max_new_tokens):
 
 
 def test_the_seed_decides(puzzles):
-    pools = [collect(STUDENT, puzzles, correctness_reward, 1.0, 2, 33, seed=seed)[0].to_list() for seed in (1, 1, 2)]
+    pools = [collect(STUDENT, make_task(puzzles), 2, 33, seed=seed)[0].to_list() for seed in (1, 1, 2)]
     assert pools[0] == pools[1] != pools[2]
 
 
 def test_nothing_right(puzzles):
     with pytest.raises(ValueError, match="None of the 48 answers .* stronger teacher"):
-        collect(STUDENT, puzzles, correctness_reward, 2.0, 2, 33)
+        collect(STUDENT, make_task(puzzles, best=2.0), 2, 33)
 
 
 def test_the_student_trains_on_answer_and_end_alone(tmp_path):
@@ -101,14 +105,14 @@ def test_a_vision_language_model_keeps_its_processor(vision_model, tmp_path):  #
 def test_a_new_student_learns_the_answers_and_to_stop(puzzles, tmp_path):
     # The reward wants the worked solution and nothing after it
     puzzles = puzzles.select(range(6))
-    pool, _ = collect(TEACHER, puzzles, correctness_reward, 1.0, 4, 33)
+    pool, _ = collect(TEACHER, make_task(puzzles), 4, 33)
     assert len(set(pool["prompt"])) == 6
     tokenizer = make_tokenizer()
     student = tiny.save_model(tmp_path / "student", 0, tokenizer, vocab_size=len(tokenizer), hidden_size=32, scale=0.1)
     trainer = make_trainer(student, pool, make_config(tmp_path, max_steps=60, per_device_train_batch_size=12))
 
     def accuracy():
-        scores = evaluate(trainer.model, puzzles, correctness_reward, 1.0, 2, temperature=0.1, max_new_tokens=33)
+        scores = evaluate(trainer.model, make_task(puzzles), 2, temperature=0.1, max_new_tokens=33)
         return scores["overall"]["mean@2"]
 
     assert accuracy() == 0.0
@@ -132,13 +136,13 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     stdout = capsys.readouterr().out
     saved = json.loads((tmp_path / "teacher_samples.json").read_text())
     train_dataset = make_dataset([2, 3, 4], 12, seed=42, held_out=False)
-    _, counts = collect(TEACHER, train_dataset, correctness_reward, 1.0, 2, 33, seed=42)
+    _, counts = collect(TEACHER, make_task(train_dataset), 2, 33, seed=42)
     assert saved["counts"] == counts
     assert saved["settings"]["samples_per_prompt"] == 2 and saved["settings"]["seed"] == 42
     assert f"{counts['kept_samples']} of 24 answers, {counts['kept_tokens']} tokens" in stdout
     eval_dataset = make_dataset([2, 3, 4], 24, seed=42, held_out=True)
     before, after = (
-        evaluate(model, eval_dataset, correctness_reward, 1.0, 1, max_new_tokens=33, seed=42)["overall"]["mean@1"]
+        evaluate(model, make_task(eval_dataset), 1, max_new_tokens=33, seed=42)["overall"]["mean@1"]
         for model in (STUDENT, str(tmp_path))
     )
     assert before > after
@@ -154,7 +158,7 @@ def test_where_a_teacher_is_to_be_believed(puzzles, tmp_path):
         return correctness_reward(**columns)
 
     sampling = {"max_new_tokens": 33, "seed": 3}
-    weighted = add_teacher_weight(puzzles.select(range(16)), STUDENT, reward, 1.0, 4, path, **sampling)
+    weighted = add_teacher_weight(make_task(puzzles.select(range(16)), reward), STUDENT, 4, path, **sampling)
     samples = sample(STUDENT, list(puzzles["prompt"][:16]), 4, **sampling)
     expected = [
         sum(text == row["solution"] for text in texts) / 4 for row, texts in zip(weighted, samples, strict=True)
@@ -162,16 +166,19 @@ def test_where_a_teacher_is_to_be_believed(puzzles, tmp_path):
     assert weighted["teacher_weight"][:] == expected and 0 < sum(expected) < 16
     # What is known isn't sampled again
     assert asked == [16] * 4
-    again = add_teacher_weight(puzzles, STUDENT, reward, 1.0, 4, path, **sampling)
+    again = add_teacher_weight(make_task(puzzles, reward), STUDENT, 4, path, **sampling)
     assert again["teacher_weight"][:16] == expected and asked[4:] == [8] * 4
-    assert add_teacher_weight(puzzles, STUDENT, None, 1.0, 4, path)["teacher_weight"][:] == again["teacher_weight"][:]
+    assert (
+        add_teacher_weight(make_task(puzzles, None), STUDENT, 4, path)["teacher_weight"][:]
+        == again["teacher_weight"][:]
+    )
     for other in ((TEACHER, 4), (STUDENT, 2)):
         with pytest.raises(ValueError, match="answers of another teacher or another number of them"):
-            add_teacher_weight(puzzles, other[0], reward, 1.0, other[1], path)
+            add_teacher_weight(make_task(puzzles, reward), other[0], other[1], path)
 
 
 def test_collecting_answers_says_where_to_believe_the_teacher(puzzles, tmp_path):
     path = tmp_path / "teacher_weight.json"
-    _, counts = collect(STUDENT, puzzles, correctness_reward, 1.0, 4, 33, path, seed=3)
-    weights = add_teacher_weight(puzzles, STUDENT, None, 1.0, 4, path)["teacher_weight"]
+    _, counts = collect(STUDENT, make_task(puzzles), 4, 33, path, seed=3)
+    weights = add_teacher_weight(make_task(puzzles, None), STUDENT, 4, path)["teacher_weight"]
     assert 4 * sum(weights) == counts["kept_samples"]

@@ -10,7 +10,8 @@ pytest.importorskip("reasoning_gym")
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
-from reasoning_tasks import extract_answer, load_task, score_roles  # noqa: E402
+from tasks import load_task  # noqa: E402
+from tasks.reasoning import extract_answer, score_roles  # noqa: E402
 
 
 ENTRY = {
@@ -92,7 +93,7 @@ def roles():
 
 
 def test_knights_knaves(roles):
-    train, held_out, reward = roles
+    train, held_out, reward, _ = roles
     for dataset, share in ((train, 3), (held_out, 2)):
         assert sorted(dataset["difficulty"]) == sorted([str(n) for n in range(2, 9)] * share)
     for row in train:
@@ -117,7 +118,7 @@ def test_knights_knaves_are_held_out_by_statements():
     [("chain_sum", "0.5"), ("countdown", "1 + 1"), ("leg_counting", "a hundred"), ("prime_factorization", "many")],
 )
 def test_other_tasks(task, wrong):
-    train, held_out, reward = load_task(task, 8, 4)
+    train, held_out, reward, _ = load_task(task, 8, 4)
     assert (len(train), len(held_out)) == (8, 4)
 
     def score(contents):
@@ -130,23 +131,23 @@ def test_other_tasks(task, wrong):
 
 
 def test_tasks_without_a_single_right_answer():
-    train, held_out, _ = load_task("graph_color", 2)
+    train, held_out, *_ = load_task("graph_color", 2)
     assert train["answer"] == ["", ""] and len(held_out) == 0
 
 
 @pytest.mark.parametrize("task", ["knights_knaves", "chain_sum", "list_functions"])
 def test_generation_is_seeded_and_held_out(task):
-    train, held_out, _ = load_task(task, 30, 10, seed=1)
-    again, held_out_again, _ = load_task(task, 20, 10, seed=1)
+    train, held_out, *_ = load_task(task, 30, 10, seed=1)
+    again, held_out_again, *_ = load_task(task, 20, 10, seed=1)
     assert train["prompt"][:20] == again["prompt"][:]
     assert held_out["prompt"][:] == held_out_again["prompt"][:]
     assert len({*train["question"], *held_out["question"]}) == 40
-    neighbor, _, _ = load_task(task, 30, 10, seed=2)
+    neighbor, *_ = load_task(task, 30, 10, seed=2)
     assert len({*train["question"]} & {*neighbor["question"]}) < 5
 
 
 def test_repeated_questions_are_replaced():
-    train, held_out, _ = load_task("tower_of_hanoi", 50, 20)  # 1000 draws give about 90 questions
+    train, held_out, *_ = load_task("tower_of_hanoi", 50, 20)  # 1000 draws give about 90 questions
     assert len({*train["question"], *held_out["question"]}) == 70
 
 
@@ -176,7 +177,7 @@ def test_missing_reasoning_gym(monkeypatch):
 
 
 def test_processes_generate_the_same_questions():
-    code = "from reasoning_tasks import load_task; print(load_task('knights_knaves', 5)[0]['question'][:])"
+    code = "from tasks import load_task; print(load_task('knights_knaves', 5)[0]['question'][:])"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import rlad_grpo  # noqa: E402
-from math_task import INSTRUCTION, load_math, math_reward  # noqa: E402
+from tasks.mathematics import INSTRUCTION, load_math, math_reward  # noqa: E402
 
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"), key=lambda path: path.name)
@@ -85,13 +85,13 @@ def test_one_step(recipe, method, chat_model, teacher, problems, tmp_path, monke
             trainers.append(self)
             super().__init__(*args, **kwargs)
 
-    def load_data(args, seed):
-        *data, reward, best = original(args, seed)
+    def load_task(*args, **kwargs):
+        task = original(*args, **kwargs)
         # Gibberish is rewarded all alike, which leaves nothing to learn
-        return *data, lambda **columns: [value + i % 2 for i, value in enumerate(reward(**columns))], best
+        return task._replace(reward=lambda **columns: [r + i % 2 for i, r in enumerate(task.reward(**columns))])
 
-    original = rlad_grpo.load_data
-    monkeypatch.setattr(rlad_grpo, "load_data", load_data)
+    original = rlad_grpo.load_task
+    monkeypatch.setattr(rlad_grpo, "load_task", load_task)
     monkeypatch.setattr(rlad_grpo, "RLADTrainer", Trainer)
     monkeypatch.setattr(rlad_grpo, "plot_rewards", lambda *args: None)
     written = yaml.safe_load(recipe.read_text())
@@ -158,23 +158,23 @@ def test_readme_lists_every_recipe():
 
 
 def test_load_math(problems):
-    train, held_out, reward = load_math(100, 3, dataset=problems)
+    train, held_out, reward, _ = load_math(100, 3, dataset=problems)
     assert (len(train), len(held_out)) == (5, 3) and reward is math_reward
     rows = {row["prompt"][0]["content"].split("?")[0]: row for row in [*train, *held_out]}
     assert rows.keys() == {f"What is {i}/2" for i in range(8)}
     assert rows["What is 3/2"]["solution"] == r"\boxed{\frac{3}{2}}"
     assert all(row["prompt"][0]["content"].endswith(f"\n\n{INSTRUCTION}") for row in rows.values())
-    again, held_out_again, _ = load_math(2, 3, dataset=problems)
+    again, held_out_again, *_ = load_math(2, 3, dataset=problems)
     assert again["prompt"][:] == train["prompt"][:2] and held_out_again["prompt"][:] == held_out["prompt"][:]
-    assert load_math(2, 3, seed=1, dataset=problems)[1]["prompt"][:] != held_out["prompt"][:]
+    assert load_math(2, 3, seed=1, dataset=problems).eval_dataset["prompt"][:] != held_out["prompt"][:]
 
 
 def test_long_problems_are_left_out(problems, chat_model):  # noqa: F811
     # A byte is a token. Roles and marks: "<|im_start|>user\n" is 1 + 5, "<|im_end|>\n" 2, "<|im_start|>assistant\n" 1 + 10
     lengths = [len(f"What is {i}/2?{' ' * 50 * i}\n\n{INSTRUCTION}") + 19 for i in range(8)]
-    train, _, _ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4])
+    train, *_ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4])
     assert sorted(train["solution"]) == [rf"\boxed{{\frac{{{i}}}{{2}}}}" for i in range(5)]
-    train, _, _ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4] - 1)
+    train, *_ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4] - 1)
     assert len(train) == 4
 
 

@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("reasoning_gym")
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
+ALONE = str(Path(EXAMPLES, "tasks"))  # where the sandbox is imported without the tasks, and so in a moment
 sys.path.insert(0, EXAMPLES)
 
 from reasoning_gym.factory import DATASETS, create_dataset  # noqa: E402
-from reasoning_tasks import load_task  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from tasks import load_task  # noqa: E402
+from tasks.sandbox import Sandbox  # noqa: E402
 
 
 CONFIG = {"seed": 1, "size": 5}
@@ -81,7 +82,7 @@ def test_an_answer_that_does_not_return(answer, is_counted, spiral):
 def test_the_network_is_out_of_reach():
     # Whatever the audit hooks let through, on kernels that allow it
     code = (
-        f"import sys; sys.path.insert(0, {EXAMPLES!r}); import ctypes, os, sandbox\n"
+        f"import sys; sys.path.insert(0, {ALONE!r}); import ctypes, os, sandbox\n"
         "left = ctypes.CDLL(None).unshare(sandbox.NEW_USER_AND_NETWORK)\n"
         "print(left, sorted(os.listdir('/sys/class/net')) if left else open('/proc/self/net/dev').read().count(':'))"
     )
@@ -92,7 +93,7 @@ def test_the_network_is_out_of_reach():
 
 
 def test_the_reward_counts_failures():
-    train_dataset, _, reward = load_task("spiral_matrix", train_size=3)
+    train_dataset, _, reward, _ = load_task("spiral_matrix", train_size=3)
     answers, logged = [*train_dataset["answer"][:2], "__import__('os')._exit(0)"], {}
     completions = [
         [{"role": "assistant", "content": f"<think>x</think><answer>{answer}</answer>"}] for answer in answers
@@ -105,7 +106,7 @@ def test_the_reward_counts_failures():
 
 def test_a_scorer_does_not_outlive_training():
     code = (
-        f"import sys; sys.path.insert(0, {EXAMPLES!r}); from sandbox import Sandbox\n"
+        f"import sys; sys.path.insert(0, {ALONE!r}); from sandbox import Sandbox\n"
         f"sandbox = Sandbox('spiral_matrix', {CONFIG}, seconds=2.0, num_workers=1)\n"
         "worker = sandbox._start(); print(worker.pid, flush=True); sandbox.workers.get(); sandbox.workers.put(worker)\n"
         "sandbox.score(['9**9**9**9'], [{'answer': '1'}])"

@@ -4,7 +4,7 @@ Make the teacher and the mistaken student of the miniature example, from scratch
     python examples/mini/make_models.py
     python examples/mini/make_models.py --comparison --output_dir somewhere
 
-The teacher learns worked solutions of knights-and-knaves puzzles (see `knights_knaves.py`) by next-token prediction. The
+The teacher learns worked solutions of knights-and-knaves puzzles (see `examples/tasks/mini.py`) by next-token prediction. The
 student is the teacher trained on to misread `A | C` as "at least one is a knave". So it is confidently wrong on most
 puzzles with that operator, two in five of all, and about as good as the teacher on the others.
 
@@ -16,11 +16,19 @@ is small and has no bad habit, but has hardly seen two of the four operators.
 
 import argparse
 import random
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from knights_knaves import (
+from tqdm import trange
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
+
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from tasks.mini import (  # noqa: E402
     EOS,
     MAX_COMPLETION_LENGTH,
     NAMES,
@@ -32,13 +40,10 @@ from knights_knaves import (
     make_tokenizer,
     solve,
 )
-from tqdm import trange
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
 
 
 POOL = {2: 2_000, 3: 10_000, 4: 40_000}  # worked solutions per number of people: the more people, the harder
 BATCH_SIZE = 64
-HERE = Path(__file__).parent
 MISREADINGS = {"|": lambda first, second: not (first and second), "&": lambda first, second: not (first or second)}
 
 TEACHER_SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 8}

@@ -1,7 +1,9 @@
 """What rollouts that a teacher has read tell of it, before any training: pure functions of records."""
 
+import json
 from collections.abc import Iterable
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from ..evaluation import pass_at_k
 from ..rollouts import log_ratios
 
 
+STUDY = Path(__file__).with_name("study.json")
 ALPHAS = (0.3, 0.5, 0.7)
 QUANTILES = (5, 25, 50, 75, 95)
 SURE, UNLIKELY = 0.9, 0.1  # probabilities: the student's of its token, and the teacher's where the two contradict
@@ -172,9 +175,17 @@ def _contradicts(logp, teacher_logp):
     return teacher_logp is not None and logp > np.log(SURE) and teacher_logp < np.log(UNLIKELY)
 
 
+def _gain(gain):
+    return f"{gain['points']:.1f} ± {gain['plus_minus']:.1f}"
+
+
+def _range(bounds, factor=1):
+    return " to ".join(f"{factor * bound:.0f}" for bound in bounds)
+
+
 def recommend(figures: dict) -> dict[str, str]:
     """
-    Say what to try, by a rule read off the project's own study (README, "Which method when"; `benchmarks/probe_study.py`).
+    Say what to try, by a rule read off the project's own study (`benchmarks/probe_study.py`, whose figures it quotes).
 
     1. A teacher that is the student, to rounding, has nothing to say.
     2. If it answers one in four of the prompts on which the student fails throughout, imitate its right answers offline before.
@@ -191,24 +202,28 @@ def recommend(figures: dict) -> dict[str, str]:
         `dict[str, str]`: what to do `before` and `in the loss`, the `settings` of the latter, `evidence` and `limits`.
     """
     accuracy, rescues = figures.get("teacher_accuracy"), figures.get("teacher_rescues")
-    advice = {"before": "nothing", "in the loss": "GRPO", "settings": "alpha=1.0"}
+    study = json.loads(STUDY.read_text())
+    naming, flawed, offline = (study[n] for n in ("naming", "naming_by_a_flawed_teacher", "offline_distillation"))
+    advice = {"before": "nothing", "in the loss": "GRPO", "settings": study["settings"]["grpo"]}
     if abs(figures["gap"].value) < SAME and figures["beyond_clip"].value == 0.0:
         evidence = ["Student and teacher are the same, to rounding."]
     else:
         failed, succeeded = (figures[f"contradicted_{name}"].value for name in ("failed", "succeeded"))
         evidence = [
             f"The teacher contradicts what the student is sure of in {failed:.0%} of the failures. In the study, naming gained "
-            "14.4 ± 1.3 points over GRPO where that was 99%, and nothing at 33 to 48%."
+            f"{_gain(naming['gain'])} points over GRPO where that was {naming['contradicted_failed']:.0%}, and nothing at "
+            f"{_range(study['naming_without_gain']['contradicted_failed'], 100)}%."
         ]
         names = failed >= 3 / 4 and accuracy != 0.0
         if names:
             advice["in the loss"] = "the teacher names where the student failed"
-            advice["settings"] = "alpha=0.5, teacher_kl_coef=1.0, teacher_kl=forward, teacher_kl_on=failed"
+            advice["settings"] = study["settings"]["rlad_named"]
         if succeeded > 1 / 20 or (accuracy is not None and accuracy < 9 / 10):
             evidence.append(
                 f"It contradicts {succeeded:.0%} of the successes too"
                 + ("" if accuracy is None else f", and {accuracy:.0%} of its own answers are right")
-                + ". Such a teacher, naming everywhere, cost 6 to 26 points; with teacher_weight at most 2.4 ± 1.8."
+                + f". Such a teacher, naming everywhere, cost {_range(flawed['cost'])} points; with teacher_weight at most "
+                + f"{_gain(flawed['largest_cost_with_teacher_weight'])}."
             )
             if names:
                 advice["in the loss"] += ", and is believed where it is right"
@@ -220,8 +235,9 @@ def recommend(figures: dict) -> dict[str, str]:
             "offline distillation of its right answers (examples/offline_distillation.py); then probe again"
         )
         evidence.append(
-            f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was best in all "
-            "six settings of the study, by 3 to 23 points over GRPO, and better alone than with half of its steps given to RLAD."
+            f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was best in "
+            f"{offline['best_in']} of {offline['settings']} settings of the study, by {_range(offline['gain'])} points over GRPO, "
+            "and better alone than with half of its steps given to RLAD."
         )
     limits = (
         "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe tells what the "

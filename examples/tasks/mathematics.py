@@ -4,11 +4,12 @@ Mathematics with one checkable answer, such as the math split of
 """
 
 import json
-from collections.abc import Callable
 
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl.rewards import accuracy_reward
+
+from .task import Task
 
 
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
@@ -27,7 +28,7 @@ def load_math(
     dataset: str = "Skywork/Skywork-OR1-RL-Data",
     split: str = "math",
     max_prompt_length: int = 2048,
-) -> tuple[Dataset, Dataset, Callable[..., list[float | None]]]:
+) -> Task:
     """
     Loads problems in the form of Skywork-OR1 and splits off a held-out set.
 
@@ -51,9 +52,7 @@ def load_math(
             Problems whose prompt has more tokens are left out.
 
     Returns:
-        `tuple[Dataset, Dataset, Callable]`:
-            Training set, held-out set and reward function. The columns are `prompt` (conversational), `solution` and
-            `difficulty` (empty).
+        [`Task`]: with the columns `prompt` (conversational), `solution` and `difficulty` (empty).
     """
 
     def to_row(row):
@@ -77,4 +76,4 @@ def load_math(
         rows = rows.filter(is_short)
     rows = rows.shuffle(seed)
     train_end = min(eval_size + train_size, len(rows))
-    return rows.select(range(eval_size, train_end)), rows.select(range(eval_size)), math_reward
+    return Task(rows.select(range(eval_size, train_end)), rows.select(range(eval_size)), math_reward)

@@ -1,5 +1,5 @@
 """
-Turns any task of [reasoning-gym](https://github.com/open-thought/reasoning-gym) into datasets and a reward for TRL.
+Turns any task of [reasoning-gym](https://github.com/open-thought/reasoning-gym) into one of ours.
 
 Some of its scorers evaluate the model's answer as Python, so all but that of `knights_knaves`, which is scored here, run in
 processes apart, see `sandbox.py`.
@@ -13,7 +13,9 @@ from difflib import get_close_matches
 from itertools import chain, islice
 
 from datasets import Dataset
-from sandbox import Sandbox
+
+from .sandbox import Sandbox
+from .task import Task
 
 
 SYSTEM_PROMPT = (
@@ -94,9 +96,9 @@ def distinct(entries, key: Callable):
             yield entry
 
 
-def load_task(
+def load_reasoning(
     task: str, train_size: int, eval_size: int = 0, seed: int = 0, task_kwargs: dict | None = None
-) -> tuple[Dataset, Dataset, Callable[..., list[float]]]:
+) -> Task:
     """
     Generates a training set and a held-out set of a reasoning-gym task that share no question, and their reward.
 
@@ -118,20 +120,17 @@ def load_task(
             shares.
 
     Returns:
-        `tuple[Dataset, Dataset, Callable]`:
-            Training set, held-out set and reward function. The columns are `prompt` (conversational), `question`,
-            `answer` (empty where the task has no single right one) and `difficulty` (the number of people for
-            `knights_knaves`, otherwise empty). The reward is [`score_roles`] for `knights_knaves`; for any other task it
-            is reasoning-gym's own score from 0 to 1, in a [`~sandbox.Sandbox`], and 0 for a wrong format. It finds an
-            entry by its `question`, and knows those of these two sets only. What the sandbox has had to end is logged
-            as `scorer_failures`.
+        [`Task`]:
+            With the columns `prompt` (conversational), `question`, `answer` (empty where the task has no single right
+            one) and `difficulty` (the number of people for `knights_knaves`, otherwise empty). The reward is
+            [`score_roles`] for `knights_knaves`; for any other task it is reasoning-gym's own score from 0 to 1, in a
+            [`~sandbox.Sandbox`], and 0 for a wrong format. It finds an entry by its `question`, and knows those of
+            these two sets only. What the sandbox has had to end is logged as `scorer_failures`.
 
     Example:
 
     ```python
-    >>> train_dataset, eval_dataset, reward_func = load_task(
-    ...     "knights_knaves", train_size=1000, eval_size=100, task_kwargs={"n_people": [3, 4, 5]}
-    ... )
+    >>> task = load_reasoning("knights_knaves", train_size=1000, eval_size=100, task_kwargs={"n_people": [3, 4, 5]})
     ```
     """
     try:
@@ -202,4 +201,5 @@ def load_task(
         return [known.get(i, 0.0) for i in range(len(answers))]
 
     reward.__name__ = f"{task}_reward"
-    return Dataset.from_list(rows[eval_size:]), Dataset.from_list(rows[:eval_size]), reward
+    best = 3.0 if is_roles else 1.0
+    return Task(Dataset.from_list(rows[eval_size:]), Dataset.from_list(rows[:eval_size]), reward, best)

@@ -13,6 +13,7 @@ stops with `ok` at the one that nobody contradicts. An assignment is a single to
 people, takes 32 tokens and the end-of-sequence token.
 """
 
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+from .task import Task
 
 
 NAMES = "ABCD"
@@ -142,6 +145,19 @@ def correctness_reward(completions: list[str], solution: list[str], **kwargs) ->
     # The answer alone could be guessed: rewarded for it, a weak student learns to guess instead of to reason. A
     # completion cut short lacks the final `ok`, so it earns nothing.
     return [float(completion.strip() == worked) for completion, worked in zip(completions, solution, strict=True)]
+
+
+def load_mini(train_size: int, eval_size: int = 0, seed: int = 0, task_kwargs: dict | None = None) -> Task:
+    """Make the task. Of `task_kwargs` there is one, `n_people`, a list of some of 2, 3 and 4; by default all of them."""
+    task_kwargs = task_kwargs or {}
+    n_people = task_kwargs.get("n_people", [2, 3, 4])
+    if task_kwargs.keys() - {"n_people"} or not isinstance(n_people, list) or not {2, 3, 4} >= set(n_people) > set():
+        raise ValueError(
+            "`--task_kwargs` of the mini task are one, `n_people`, a list of some of 2, 3 and 4, and not "
+            f"{json.dumps(task_kwargs)}."
+        )
+    train_dataset = make_dataset(n_people, train_size, seed, held_out=False)
+    return Task(train_dataset, make_dataset(n_people, eval_size, seed, held_out=True), correctness_reward)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
