@@ -63,10 +63,9 @@ def load_trainer(script: str, arguments: list[str]) -> RLADTrainer:
 
 
 class ProbeGuide(TeacherGuide):
-    """
-    The [`Guide`] of a probe: the teacher reads every token, whatever the objective makes of it, and the loss is GRPO's. Keeps a
-    record of each of this process's completions, and the `seconds` and, on a GPU, the peak `memory` in GiB of both parts.
-    """
+    """The [`Guide`] of a probe: the teacher reads every token, whatever the objective makes of it, and the loss is
+    GRPO's. Keeps a record of each of this process's completions, and the `seconds` and, on a GPU, the peak `memory` in
+    GiB of both parts."""
 
     def __init__(self, trainer: RLADTrainer):
         super().__init__(trainer, trainer.teacher_scorer)
@@ -147,8 +146,8 @@ class Probe:
     def __init__(self, trainer: RLADTrainer):
         if trainer.teacher_scorer is None:
             raise ValueError(
-                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction` the trainer "
-                "has none. Set `alpha=0.5`."
+                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction` "
+                "the trainer has none. Set `alpha=0.5`."
             )
         self.trainer, self.guide = trainer, ProbeGuide(trainer)
         self.rollouts: list[dict] = []
@@ -159,10 +158,9 @@ class Probe:
         self.rollouts = gather_object(self.guide.records)
 
     def sample_teacher(self, num_prompts: int) -> dict[str, float]:
-        """
-        Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers succeeds,
-        `teacher_accuracy`, and on what share of the prompts without a success of the student it has one, `teacher_rescues`.
-        """
+        """Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers
+        succeeds, `teacher_accuracy`, and on what share of the prompts without a success of the student it has one,
+        `teacher_rescues`."""
         trainer, guide = self.trainer, _SuccessGuide(self.trainer)
         teachers = list(trainer.teacher_scorer.teachers.values())
         if len(teachers) > 1 or teachers[0].is_sharded or not hasattr(teachers[0], "model"):
@@ -189,7 +187,8 @@ class Probe:
         }
 
     def _predict(self, num_prompts, guide):
-        """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing anywhere."""
+        """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing
+        anywhere."""
         trainer, data = self.trainer, self.trainer.train_dataset
         if isinstance(data, Dataset):
             data = data.shuffle(seed=trainer.args.seed).select(range(min(num_prompts, len(data))))

@@ -46,14 +46,16 @@ class _Server:
 
 class Servers:
     """
-    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that fails. They
-    are asked in a thread of their own, so that many requests can be under way while the caller does other things.
+    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that
+    fails. They are asked in a thread of their own, so that many requests can be under way while the caller does other
+    things.
 
     Args:
         urls (`list[str]`):
             Their addresses.
         patience (`float`):
-            Seconds for which requests are made again while no server answers any. An attempt lasts at most half as long.
+            Seconds for which requests are made again while no server answers any. An attempt lasts at most half as
+            long.
         key (`str`, *optional*):
             What is sent to prove who asks. It is left out of all messages.
     """
@@ -78,9 +80,9 @@ class Servers:
         """
         Ask for a path, with a `body` to be posted as JSON, and go on.
 
-        Returns a future of what `read` makes of the decoded answer; it may raise a `ValueError` if that is wrong. The future
-        raises a `ValueError` if a server refuses the request, and a [`ServerError`] if there is no right answer from the server
-        `url`, or if that is `None` from any.
+        Returns a future of what `read` makes of the decoded answer; it may raise a `ValueError` if that is wrong. The
+        future raises a `ValueError` if a server refuses the request, and a [`ServerError`] if there is no right answer
+        from the server `url`, or if that is `None` from any.
         """
         servers = [server for server in self._servers if url in (None, server.url)]
         return asyncio.run_coroutine_threadsafe(self._ask(servers, path, read, body), self._loop)
