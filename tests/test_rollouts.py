@@ -184,3 +184,16 @@ def test_table_in_the_terminal(capsys):
     assert re.findall(r"Step \d of 4|reward +[\d.+ ]+\d", printed) == [
         "Step 2 of 4", "reward  1.500", "Step 4 of 4", "reward  4.500  +3.000"
     ]  # fmt: skip
+
+
+def test_advantages_are_recorded_as_the_reward_gave_them(make_trainer):
+    # Distillation takes them out of the loss, and not out of what is written down
+    trainer = make_trainer(
+        log_completions=True, num_completions_to_print=0, max_steps=1, distillation_fraction=1.0, num_generations=4
+    )
+    seen = tiny.watch_batches(trainer)
+    trainer.train()
+    ((batch, _),) = seen
+    records = read_rollouts(trainer.args.output_dir)
+    expected = [batch["advantages"][record["row"]].item() for record in records]
+    assert [record["advantage"] for record in records] == pytest.approx(expected) and any(expected)

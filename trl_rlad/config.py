@@ -251,8 +251,8 @@ class RLADConfig(GRPOConfig):
         super().__post_init__()
         if self.teacher_tokens_per_batch is None:
             self.teacher_tokens_per_batch = 1024 if self.device.type == "cpu" else 16384
-        with suppress(TypeError, json.JSONDecodeError):  # then it is no list of addresses, and refused below
-            if self.teacher_server_urls.startswith("["):
+        if isinstance(self.teacher_server_urls, str) and self.teacher_server_urls.startswith("["):
+            with suppress(json.JSONDecodeError):  # then it is no list of addresses, and refused below
                 self.teacher_server_urls = json.loads(self.teacher_server_urls)
         for name, holds, must, hint in RULES:
             if not holds(value := getattr(self, name)):

@@ -227,8 +227,8 @@ def recommend(figures: dict) -> dict[str, str]:
             evidence.append(
                 f"It contradicts {succeeded:.0%} of the successes too"
                 + ("" if accuracy is None else f", and {accuracy:.0%} of its own answers are right")
-                + f". Such a teacher, naming everywhere, cost {_range(flawed['cost'])} points; with teacher_weight at most "
-                + f"{_gain(flawed['largest_cost_with_teacher_weight'])}."
+                + f". Such a teacher, naming everywhere, cost {_range(flawed['cost'])} points; with teacher_weight "
+                + f"at most {_gain(flawed['largest_cost_with_teacher_weight'])}."
             )
             if names:
                 advice["in the loss"] += ", and is believed where it is right"
