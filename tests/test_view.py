@@ -172,7 +172,7 @@ def test_a_row_says_what_the_loss_made_of_it():
         "reward": 0.25,
         "tokens": ["a", " b", " c", " d"],
         "logps": [-1.0, -1.0, -1.0, -1.0],
-        "teacher_logps": [-5.0, None, -2.0, -3.5],  # gaps 4, 1 and 2.5
+        "teacher_logps": [-5.0, None, -0.5, -5.0],  # gaps 4, -0.5 and 4
         "clipped": [1, 2, 1, 0],
     }
     second = record("unread", advantage=-0.25) | {"reward": 0.75, "teacher_logps": [None]}
