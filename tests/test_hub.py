@@ -205,3 +205,9 @@ def test_completions_in_a_step_and_processes(make_trainer, monkeypatch):
         card = Path(trainer.args.output_dir, "README.md").read_text()
         assert f"| Completions in a step | {completions} |" in card
         assert f"\n# on {launch}\ntrain.py\n" in card
+
+
+@pytest.mark.xfail(strict=True, reason="The shorter of two addresses is replaced first, in a set as chance has it")
+def test_an_address_that_another_begins_with_leaves_no_port():
+    secrets = ["http://10.0.0.1", "http://10.0.0.1:8000"]
+    assert launch_command(["run.py", *secrets], secrets) == "run.py *** ***"

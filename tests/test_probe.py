@@ -232,6 +232,10 @@ def test_command(probe, student_path, teacher_path, tmp_path):
             logps = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
             assert rollout[name] == pytest.approx(logps[range(len(logps)), rollout["ids"]].tolist(), abs=1e-4)
         assert rollout["top1"] == (logps.argmax(-1) == torch.tensor(rollout["ids"])).tolist()
+        for entropy, row in zip(rollout["entropy"], logps, strict=True):
+            # The teacher's likeliest 20, of which the student doesn't know the padded ones, and one share for the rest
+            named = [row[id].exp().item() for id in row.topk(20).indices if id < 32]
+            assert entropy == pytest.approx(-sum(p * log(p) for p in [*named, 1.0 - sum(named)]), abs=1e-4)
         expected = 0.0 if "w5" in rollout["prompt"] else tiny.reward([rollout["ids"]])[0]
         assert rollout["reward"] == pytest.approx(expected)
     assert "teacher_accuracy" not in figures and figures["seconds"]["scoring"] > 0.0

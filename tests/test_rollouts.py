@@ -103,7 +103,9 @@ def signal_by_length(prompts, completion_ids, **kwargs):
     ]
 
 
-def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(tmp_path, student_path, teacher_path):
+def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(tmp_path, student_path):
+    # A teacher so like the student that some rows have a negative mean
+    teacher_path = tiny.save_model(tmp_path / "teacher", seed=0, scale=0.33)
     args = tiny.make_config(
         tmp_path, log_completions=True, num_completions_to_print=0, max_steps=1, per_device_train_batch_size=32
     )
@@ -126,6 +128,7 @@ def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(
         assert record["advantage"] == pytest.approx(row["advantage"], abs=1e-4)
         expected = pytest.approx(mean_gap(record) or float("nan"), abs=1e-3, nan_ok=True)
         assert row["teacher_log_ratio"] == expected
+    assert (table["teacher_log_ratio"] < 0.0).any() and (table["teacher_log_ratio"] > 0.0).any()
     # The teacher is asked where there is an advantage, of all groups
     assert (table["teacher_log_ratio"].notna() == (table["advantage"] != 0.0)).all()
 
