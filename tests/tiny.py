@@ -149,6 +149,17 @@ def save_model(path, seed, tokenizer=None, **kwargs):
     return str(path)
 
 
+def save_table(path, scores):
+    """Save a model whose next token is by the last one alone: `scores` (V, V) are its logits, by the last and the next."""
+    model = make_model(0, vocab_size=len(scores), hidden_size=len(scores), scale=0.0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.eye(len(scores)))
+        model.get_output_embeddings().weight.copy_(scores.T / len(scores) ** 0.5)  # the last norm makes √V of the 1
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
 def make_dataset(size=32):
     # Prompts of one to four words, so that batches are ragged
     return Dataset.from_list(

@@ -126,7 +126,7 @@ def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None
     if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
         return None
     line = shlex.join(arguments)
-    for secret in filter(None, secrets):
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may begin with another
         line = line.replace(secret, "***")
     line = re.sub(r"(?i)(--\S*(?:token|secret|password|api_key)[= ])\S+", r"\1***", line)
     line = re.sub(r"\bhf_\w{8,}", "***", line)
