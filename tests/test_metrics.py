@@ -15,11 +15,11 @@ ONCE = ("teacher/top1", "teacher/entropy")  # logged when the rollouts are score
 def run(request, tmp_path_factory, student_path, teacher_path):
     """Two steps on the same 16 rollouts. Returns their logs, the rows and the student and settings of each."""
     folder = tmp_path_factory.mktemp(request.param)
-    k = 4 if request.param == "forward" else 0
+    k = 5 if request.param == "forward" else 0
     args = tiny.make_config(
         folder,
         teacher_kl=request.param,
-        teacher_top_k=4 if k else 8,
+        teacher_top_k=k or 8,
         teacher_kl_coef=COEF,
         teacher_kl_on="failed",
         success_reward=SUCCESS,

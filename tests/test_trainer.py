@@ -290,19 +290,21 @@ def test_a_teacher_that_alpha_one_ignores_is_said_so(tmp_path, student_path, cap
 
 
 def test_evaluation_reports_pass_at_k(tmp_path, student_path, teacher_path):
-    # Groups of two, where training's are of four: 1 and 0.5, 0.5 and 0.5, 1 and 0.5, ... of which 0.5 is no success
-    def every_fourth(completions, **kwargs):
-        return [1.0 if i % 4 == 0 else 0.5 for i in range(len(completions))]
+    # Groups of two, where training's are of four; 0.5 is no success
+    def every_second_group(completions, **kwargs):
+        return [1.0 if i % 4 < 2 else 0.5 for i in range(len(completions))]
 
     config = tiny.make_config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=8, success_reward=0.5)
     dataset, reward = tiny.make_dataset(4), twin.Watcher()
-    trainer = RLADTrainer(student_path, [reward, every_fourth], config, dataset, dataset, teacher_model=teacher_path)
+    trainer = RLADTrainer(
+        student_path, [reward, every_second_group], config, dataset, dataset, teacher_model=teacher_path
+    )
     metrics = trainer.evaluate()
     marks = [row["reward"] > 0.5 for rows in reward.calls for row in rows]
     assert len(marks) == 8 and 0 < sum(marks) < 8
     expected = {
-        "every_fourth/pass@1": 1 / 4,
-        "every_fourth/pass@2": 1 / 2,
+        "every_second_group/pass@1": 1 / 2,
+        "every_second_group/pass@2": 1 / 2,
         "reward/pass@1": sum(marks) / 8,
         "reward/pass@2": sum(map(any, zip(marks[::2], marks[1::2], strict=True))) / 4,
     }
