@@ -91,7 +91,7 @@ def test_training_with_a_teacher(data, kwargs, mode, tmp_path, student_path, tea
     metric = "teacher/kl" if mode == "kl" else "teacher/log_ratio"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2 and all(torch.tensor([log["loss"], log["grad_norm"]]).isfinite().all() for log in logs)
-    assert all(log[metric] != 0 and log["grad_norm"] > 0 for log in logs)
+    assert all(abs(log[metric]) > 0 and log["grad_norm"] > 0 for log in logs)
 
 
 @pytest.mark.parametrize("data", ["text", "images"])

@@ -242,8 +242,13 @@ def test_the_buffered_batch_is_not_written_to(make_trainer, credit):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_metrics(make_trainer, level):
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_metrics(make_trainer, level, has_tools):
     batch = make_batch()
+    if has_tools:  # what a tool wrote is neither the policy's nor the teacher's
+        batch["tool_mask"] = torch.ones(B, T, dtype=torch.long)
+        batch["tool_mask"][:, 2:4] = 0
+        batch["teacher_mask"] &= batch["tool_mask"].bool()
     logps = make_logps(batch)
     trainer = make_trainer(logps, importance_sampling_level=level)
     trainer.model.train()

@@ -162,4 +162,4 @@ def test_training_with_a_teacher(scene, kind, mode, paths, tmp_path):
     trainer.train()
     metric = "teacher/kl" if mode == "kl" else "teacher/log_ratio"
     logs = trainer.state.log_history[:2]
-    assert all(torch.tensor(log["loss"]).isfinite() and log["grad_norm"] > 0 and log[metric] != 0 for log in logs)
+    assert all(torch.tensor(log["loss"]).isfinite() and log["grad_norm"] > 0 and abs(log[metric]) > 0 for log in logs)
