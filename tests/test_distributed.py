@@ -370,13 +370,7 @@ def test_failed_rows_are_counted_on_both_ranks(watched):
     "prompts",
     [
         6,
-        pytest.param(
-            5,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="accelerate evens out the last batch with rows of the first, which are counted again",
-            ),
-        ),
+        5,  # accelerate evens out the last batch with rows of the first
     ],
 )
 def test_the_probe_reports_every_prompt_once(prompts, tmp_path, paths):

@@ -5,7 +5,7 @@ import atexit
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any
 
@@ -37,7 +37,8 @@ class _WrongAnswer(_Failure):
 @dataclass
 class _Server:
     url: str
-    in_flight: int = 0
+    in_flight: int = 0  # requests that it has, or waits for a slot to be given
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))
     # By the clock: the last answer, and since then the first and the last failure
     answered_at: float = -float("inf")
     silent_since: float = float("inf")
@@ -118,7 +119,8 @@ class Servers:
         server.in_flight += 1
         answer = None
         try:
-            answer = await self._client.request("GET" if body is None else "POST", server.url + path, json=body)
+            async with server.slots:
+                answer = await self._client.request("GET" if body is None else "POST", server.url + path, json=body)
             if answer.status_code in (408, 429) or answer.status_code >= 500:
                 raise ValueError(describe(answer))
             if answer.is_success:
