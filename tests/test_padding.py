@@ -148,7 +148,9 @@ def test_widths_are_multiples_of_what_is_asked_for(tmp_path, student_path, monke
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record)
     train(RLADTrainer, student_path, tmp_path, pad_to_multiple_of=4, num_iterations=2)
     assert all(prompt % 4 == completion % 4 == 0 for prompt, completion in widths)
-    assert len({prompt for prompt, _ in widths}) > 1 and len({completion for _, completion in widths}) > 3  # they are cut
+    assert (
+        len({prompt for prompt, _ in widths}) > 1 and len({completion for _, completion in widths}) > 3
+    )  # they are cut
 
 
 @pytest.fixture(scope="module")
