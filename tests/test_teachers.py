@@ -11,9 +11,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from hub_server import HubServer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_teacher_scorer import assert_names, make_batch, naive_scores
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from trl_rlad import RLADTrainer, TeacherScorer
 from trl_rlad.teachers import LocalTeacher, create_teacher
@@ -75,6 +83,39 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, teacher_path):
     assert (expected - naive_scores(teacher_path, batch, 1.0)).abs().max() > 0.1
 
 
+def test_a_revision_is_asked_for_everywhere(tmp_path, teacher_path, monkeypatch):
+    # The calls are recorded, as folders have no revisions; those of a Hub, which need a process of their own, are below
+    asked = set()
+
+    def record(cls, position):
+        real = cls.from_pretrained.__func__
+
+        def from_pretrained(self, *args, **kwargs):
+            asked.add((cls.__name__, str(args[position]), kwargs.get("revision")))
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
+
+    adapter = str(tmp_path / "adapter")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(teacher_path), LORA)
+    adapted.peft_config["default"].revision = "v2"
+    adapted.save_pretrained(adapter)
+    tiny.make_tokenizer().save_pretrained(adapter)
+    for cls, position in ((PreTrainedModel, 0), (AutoConfig, 0), (AutoTokenizer, 0), (PeftModel, 1)):
+        record(cls, position)
+    for path in (teacher_path, adapter):
+        make_teacher(path, tmp_path, teacher_model_revision="v1")
+    assert all(revision for _, _, revision in asked) and asked >= {
+        ("AutoConfig", teacher_path, "v1"),
+        ("PreTrainedModel", teacher_path, "v1"),
+        ("AutoTokenizer", teacher_path, "v1"),
+        ("AutoConfig", teacher_path, "v2"),  # the adapter's base
+        ("PreTrainedModel", teacher_path, "v2"),
+        ("PeftModel", adapter, "v1"),
+        ("AutoTokenizer", adapter, "v1"),
+    }
+
+
 SCORE = """
 import sys
 
@@ -93,7 +134,8 @@ torch.save(results, f"{folder}/results.pt")
 """
 
 
-def test_a_revision_is_that_of_weights_tokenizer_and_adapter(tmp_path, teacher_path):
+@pytest.mark.slow
+def test_a_revision_on_a_hub_is_that_of_weights_tokenizer_and_adapter(tmp_path, teacher_path):
     # On `main` there are other weights, tokenizers and adapters, and `v1` of the adapter has `v2` of the base
     def files(folder):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
