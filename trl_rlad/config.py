@@ -19,9 +19,6 @@ from .objective.schedule import Objective
 # Schedules that keep the learning rate to the end
 CONSTANT_RATES = ("constant", "constant_with_warmup")
 
-# Longest time limit in seconds, eleven days: the clocks behind it overflow
-LONGEST_TIMEOUT = 1e6
-
 
 class Rule(NamedTuple):
     """What a setting must be, in the words that end the sentence "`name` must", and what helps where it isn't."""
@@ -40,71 +37,47 @@ def _is_count(value):
     return isinstance(value, int) and value >= 1
 
 
-def _is_coefficient(value):
-    return value is None or 0.0 <= value < inf
+def _optional(holds):
+    return lambda value: value is None or holds(value)
 
 
 def _choice(name, *values, hint=""):
     return Rule(name, lambda value: value in values, f"be {' or '.join(map(repr, values))}", hint)
 
 
-# Types come first: what follows compares numbers
+NUMBERS = "alpha teacher_kl_coef teacher_top_k success_reward distillation_fraction teacher_timeout".split()
+BOUND = "Set `alpha=1.0` to train without the teacher, or `teacher_log_ratio_clip=None` for no bound."
+K1_AND_K3 = "(The gradient of k1 doesn't contain the teacher; k3 is a noisy forward divergence.)"
+STAGES = "Stages 1 and 2 shard gradients and optimizer, which a teacher doesn't have."
+JSON = 'be a dictionary (on the command line, JSON such as \'{"dtype": "bfloat16"}\')'
+# Types come first: the rules below compare numbers
 RULES = (
-    *(
-        Rule(name, _is_number, "be a number")
-        for name in ("alpha", "teacher_kl_coef", "teacher_top_k", "success_reward", "distillation_fraction")
-        + ("teacher_timeout", "teacher_tokens_per_batch")
-    ),
-    *(
-        Rule(name, lambda value: value is None or _is_number(value), "be a number")
-        for name in ("teacher_log_ratio_clip", "teacher_kl_coef_final")
-    ),
-    *(  # any text would count as true
-        Rule(name, lambda value: isinstance(value, bool), "be True or False")
-        for name in ("teacher_credit", "trim_padding")
-    ),
-    Rule(
-        "teacher_model_init_kwargs",
-        lambda value: value is None or isinstance(value, dict),
-        'be a dictionary (on the command line, JSON such as \'{"dtype": "bfloat16"}\')',
-    ),
+    *(Rule(name, _is_number, "be a number") for name in [*NUMBERS, "teacher_tokens_per_batch"]),
+    Rule("teacher_log_ratio_clip", _optional(_is_number), "be a number"),
+    Rule("teacher_kl_coef_final", _optional(_is_number), "be a number"),
+    # Any text would count as true
+    Rule("teacher_credit", lambda value: isinstance(value, bool), "be True or False"),
+    Rule("trim_padding", lambda value: isinstance(value, bool), "be True or False"),
+    Rule("teacher_model_init_kwargs", _optional(lambda value: isinstance(value, dict)), JSON),
     Rule("alpha", lambda value: 0.0 <= value <= 1.0, "be in [0, 1] (1: GRPO, 0: the teacher alone)"),
-    Rule(
-        "teacher_log_ratio_clip",
-        lambda value: value is None or value > 0.0,
-        "be positive",
-        "Set `alpha=1.0` to train without the teacher, or `teacher_log_ratio_clip=None` for no bound.",
-    ),
+    Rule("teacher_log_ratio_clip", _optional(lambda value: value > 0.0), "be positive", BOUND),
     Rule("distillation_fraction", lambda value: 0.0 <= value <= 1.0, "be in [0, 1], a share of training"),
-    Rule("teacher_kl_coef", _is_coefficient, "be finite and not negative (0: no such term)"),
-    Rule("teacher_kl_coef_final", _is_coefficient, "be finite and not negative (0: no such term)"),
-    _choice(
-        "teacher_kl",
-        "reverse",
-        "forward",
-        hint="(The gradient of k1 doesn't contain the teacher; k3 is a noisy forward divergence.)",
-    ),
-    Rule(
-        "teacher_top_k",
-        _is_count,
-        "be a whole number of at least 1",
-        "For no named tokens take `teacher_kl='reverse'`.",
-    ),
+    Rule("teacher_kl_coef", lambda value: 0.0 <= value < inf, "be finite and not negative (0: no such term)"),
+    Rule("teacher_kl_coef_final", _optional(lambda value: 0.0 <= value < inf), "be finite and not negative"),
+    _choice("teacher_kl", "reverse", "forward", hint=K1_AND_K3),
+    Rule("teacher_top_k", _is_count, "be a whole number of at least 1", "For none take `teacher_kl='reverse'`."),
     _choice("teacher_kl_on", "all", "failed"),
     Rule("success_reward", isfinite, "be finite"),
     Rule(
         "teacher_zero_stage",
         lambda value: value in (None, 0, 3) and not isinstance(value, bool),
         "be the number 0 (whole on each process) or 3 (sharded)",
-        "Stages 1 and 2 shard gradients and optimizer, which a teacher doesn't have.",
+        STAGES,
     ),
     _choice("teacher_offload", "none", "cpu"),
     Rule("teacher_tokens_per_batch", _is_count, "be a whole number of at least 1"),
-    Rule(
-        "teacher_timeout",
-        lambda value: 0.0 < value <= LONGEST_TIMEOUT,
-        f"be a positive number of seconds, at most {LONGEST_TIMEOUT:.0f}",
-    ),
+    # Eleven days: the clocks behind it overflow
+    Rule("teacher_timeout", lambda value: 0.0 < value <= 1e6, "be a positive number of seconds, at most 1000000"),
     _choice("on_teacher_failure", "raise", "grpo"),
 )
 

@@ -51,20 +51,17 @@ class LMHead:
         self, hidden_states: torch.Tensor, labels: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Log-probabilities of given tokens and of the likeliest ones. Only some logits are ever held at once.
+        Log-probabilities, in nats, of given tokens and of the likeliest ones. Only some logits are ever held at once.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Last hidden states.
-            labels (`torch.Tensor` of shape `(N,)`):
-                A token id at each.
+            hidden_states (`torch.Tensor` of shape `(N, H)`), labels (`torch.Tensor` of shape `(N,)`):
+                Last hidden states, and a token id at each.
             k (`int`):
                 How many of the likeliest tokens, at most the size of the vocabulary.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
-                `float32` log-probabilities `(N,)` of the labels, the ids `(N, k)` of the likeliest tokens, the
-                likeliest first, and their `float32` log-probabilities `(N, k)`, in nats.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: those of the labels, `float32` `(N,)`; the ids `(N, k)`
+            of the likeliest tokens, the likeliest first; and theirs, `float32` `(N, k)`.
         """
         with self._parameters() as (weight, bias):
             k = min(k, len(weight))
@@ -85,10 +82,8 @@ class LMHead:
         no second pass over the vocabulary: the normalizer drops out.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(N, H)`):
-                Last hidden states.
-            labels (`torch.Tensor` of shape `(N,)`):
-                A token id at each.
+            hidden_states (`torch.Tensor` of shape `(N, H)`), labels (`torch.Tensor` of shape `(N,)`):
+                Last hidden states, and a token id at each.
             ids (`torch.Tensor` of shape `(N, k)`):
                 The tokens.
 

@@ -22,22 +22,6 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx as gather_lm_head
 from .padding import IMAGES
 
 
-__all__ = [
-    "add_fused_lm_head",
-    "create_model_from_path",
-    "gather_lm_head",
-    "get_config_model_id",
-    "is_async_callable",
-    "logit_scale",
-    "loss_mask",
-    "prepare_fsdp",
-    "run_links",
-    "split_images",
-    "split_pixel_values_by_grid",
-    "unsplit_pixel_values_by_grid",
-    "use_adapter",
-]
-
 # The loss types that clip the ratio, for which TRL logs `clip_ratio/*`
 CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 

@@ -11,6 +11,3 @@ From rollouts to the teacher's log-probabilities, and back.
 from .row_scorer import RowScorer
 from .scorer import TeacherScorer, number_teachers
 from .served import ServedRowScorer
-
-
-__all__ = ["RowScorer", "ServedRowScorer", "TeacherScorer", "number_teachers"]

@@ -19,18 +19,3 @@ from .own_base import OwnBaseTeacher
 from .server import ServedTeacher
 from .sharded import FSDPTeacher, ZeRO3Teacher
 from .teacher import Teacher, TokenScores
-
-
-__all__ = [
-    "AdapterTeacher",
-    "FSDPTeacher",
-    "LocalTeacher",
-    "OwnBaseTeacher",
-    "ServedTeacher",
-    "ServerError",
-    "Teacher",
-    "TokenContract",
-    "TokenScores",
-    "ZeRO3Teacher",
-    "create_teacher",
-]

@@ -49,15 +49,7 @@ def split_scores(lengths: list[int], *scores: torch.Tensor) -> list[TokenScores]
 
 
 class FusedHead:
-    """
-    TRL's fused LM head on hidden states that are known already, so that it runs on the scored tokens alone.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model whose LM head, scales and soft-capping are used.
-        temperature (`float`):
-            Temperature the logits are divided by.
-    """
+    """TRL's fused LM head on hidden states that are known already, so that it runs on the scored tokens alone."""
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         self.config, self.get_output_embeddings = model.config, model.get_output_embeddings
@@ -261,23 +253,6 @@ class LocalTeacher:
         top_k: int = 0,
         images: list[dict[str, torch.Tensor]] | None = None,
     ) -> list[TokenScores]:
-        """
-        Log-probabilities of the completions' tokens, and of the likeliest tokens in their place, in one micro-batch.
-
-        Args:
-            prompts (`list[torch.Tensor]`):
-                Token ids of each prompt, unpadded, `int64`, on the CPU.
-            completions (`list[torch.Tensor]`):
-                Token ids of each completion, unpadded, `int64`, on the CPU.
-            top_k (`int`, *optional*, defaults to `0`):
-                Number of the likeliest tokens to name.
-            images (`list[dict[str, torch.Tensor]]`, *optional*):
-                What the model is given beside the tokens of each row, see [`~trl_rlad._trl.split_images`]. Either all
-                rows have images or none.
-
-        Returns:
-            `list[TokenScores]`: one for each completion.
-        """
         if not completions:
             return []
         lengths = [len(completion) for completion in completions]

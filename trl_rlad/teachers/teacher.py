@@ -8,54 +8,24 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 
 class TokenScores(NamedTuple):
-    """
-    What a teacher makes of the tokens of one completion.
+    """What a teacher makes of the `T` tokens of one completion."""
 
-    Attributes:
-        logps (`torch.Tensor` of shape `(T,)`, `float32`):
-            Log-probability of each token, in nats.
-        top_ids (`torch.Tensor` of shape `(T, k)`, `int64`):
-            The k likeliest tokens in the place of each.
-        top_logps (`torch.Tensor` of shape `(T, k)`, `float32`):
-            Their log-probabilities, in nats.
-    """
-
-    logps: torch.Tensor
-    top_ids: torch.Tensor
-    top_logps: torch.Tensor
+    logps: torch.Tensor  # (T,), float32: log-probability of each, in nats
+    top_ids: torch.Tensor  # (T, k), int64: the k likeliest tokens in the place of each
+    top_logps: torch.Tensor  # (T, k), float32: their log-probabilities, in nats
 
 
 class Teacher(Protocol):
-    """
-    A frozen model that scores given tokens. It has one duty, and never hears of rewards, advantages or ratios.
+    """A frozen model that scores given tokens. It has one duty, and never hears of rewards, advantages or ratios."""
 
-    Attributes:
-        name (`str`):
-            Name of the model; of a local path, the last part.
-        config ([`~transformers.PretrainedConfig`]):
-            Its configuration.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its own tokenizer.
-        vocab_size (`int`):
-            Number of rows of its embedding.
-        max_length (`float`):
-            Number of tokens that it can read at once.
-        is_sharded (`bool`):
-            Whether a forward pass needs all processes at once, because each holds a part of the model.
-        shares_prompts (`bool`):
-            Whether completions of one prompt can run on one copy of its key-value cache.
-        length_remedy (`str`):
-            What else than another teacher helps where the rows are too long for it.
-    """
-
-    name: str
+    name: str  # of the model; of a local path, the last part
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    max_length: float
-    is_sharded: bool
-    shares_prompts: bool
-    length_remedy: str
+    vocab_size: int  # number of rows of its embedding
+    max_length: float  # number of tokens that it can read at once
+    is_sharded: bool  # whether each process holds a part of it, so that a forward pass needs all at once
+    shares_prompts: bool  # whether completions of one prompt can run on one copy of its key-value cache
+    length_remedy: str  # what else than another teacher helps where rows are too long
 
     def placed(self) -> AbstractContextManager:
         """A context in which it is where it scores."""
@@ -67,8 +37,21 @@ class Teacher(Protocol):
         top_k: int = 0,
         images: list[dict[str, torch.Tensor]] | None = None,
     ) -> list[TokenScores]:
-        """Log-probabilities of the completions' tokens, and of the `top_k` likeliest in their place, in one
-        micro-batch."""
+        """
+        Score completions in one micro-batch.
+
+        Args:
+            prompts, completions (`list[torch.Tensor]`):
+                Token ids of each row, unpadded, `int64`, on the CPU.
+            top_k (`int`, *optional*, defaults to `0`):
+                Number of the likeliest tokens to name.
+            images (`list[dict[str, torch.Tensor]]`, *optional*):
+                What the model is given beside the tokens of each row, see [`~trl_rlad._trl.names.split_images`].
+                Either all rows have images or none.
+
+        Returns:
+            `list[TokenScores]`: one for each completion.
+        """
 
     def find_image_problem(self, student: ProcessorMixin) -> str | None:
         """Why it can't read the images that the student's processor prepares, or `None` if it can."""
