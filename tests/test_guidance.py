@@ -119,6 +119,7 @@ def test_what_is_clipped_and_by_whom(level):
         ({"distillation_fraction": 0.4}, 0.39, {"distilling": True, "ratio": False, "kl_coef": 1.0, "grades": True}),
         ({"distillation_fraction": 0.4}, 0.4, {"distilling": False, "ratio": True, "kl_coef": 0.0}),
         ({"alpha": 1.0, "distillation_fraction": 0.4}, 0.4, {"asks_teacher": False}),
+        ({"alpha": 1.0, "distillation_fraction": 1.0}, 1.0, {"distilling": True, "asks_teacher": True}),
         ({"teacher_kl": "forward"}, 0.0, {"top_k": 0}),
         ({"teacher_kl": "forward", "teacher_kl_coef": 0.1}, 0.0, {"top_k": 2}),
     ],

@@ -209,9 +209,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
         hint = " The teacher is passed as `teacher_model`." if "teacher" in name else ""
         raise TypeError(f"`RLADTrainer` has no argument `{name}`.{hint}")
     servers = args.teacher_servers
-    by_name = (
-        teacher_model if isinstance(teacher_model, dict) else {} if teacher_model is None else {"": teacher_model}
-    )
+    by_name = {"": teacher_model} if teacher_model is not None else {}
+    by_name = teacher_model if isinstance(teacher_model, dict) else by_name
     teachers: dict[str, Any] = {**dict.fromkeys(servers), **by_name}
     if "" in teachers and len(teachers) > 1:
         raise ValueError(

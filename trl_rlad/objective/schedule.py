@@ -70,7 +70,8 @@ class Objective:
         The coefficient moves from `teacher_kl_coef` to `teacher_kl_coef_final` in a straight line, exact at both ends;
         during the first `distillation_fraction` it is 1, on all completions.
         """
-        distilling = progress < self.distillation_fraction
+        # Of all of training, the evaluation at its end is a part
+        distilling = progress < self.distillation_fraction or self.distillation_fraction == 1.0
         start, end = self.teacher_kl_coef, self.teacher_kl_coef_final
         kl_coef = start if end is None else (1.0 - progress) * start + progress * end
         kl_coef = 1.0 if distilling else kl_coef

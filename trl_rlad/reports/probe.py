@@ -13,6 +13,10 @@ from ..rollouts import log_ratios
 
 
 STUDY = Path(__file__).with_name("study.json")
+LIMITS = (
+    "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe tells "
+    "what the teacher could teach, not whether the student can learn it."
+)
 ALPHAS = (0.3, 0.5, 0.7)
 QUANTILES = (5, 25, 50, 75, 95)
 SURE, UNLIKELY = 0.9, 0.1  # probabilities: the student's of its token, and the teacher's where the two contradict
@@ -244,8 +248,4 @@ def recommend(figures: dict) -> dict[str, str]:
             f"best in {offline['best_in']} of {offline['settings']} settings of the study, by "
             f"{_range(offline['gain'])} points over GRPO, and better alone than with half of its steps given to RLAD."
         )
-    limits = (
-        "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe "
-        "tells what the teacher could teach, not whether the student can learn it."
-    )
-    return advice | {"evidence": " ".join(evidence), "limits": limits}
+    return advice | {"evidence": " ".join(evidence), "limits": LIMITS}

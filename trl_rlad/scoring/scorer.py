@@ -173,35 +173,8 @@ class TeacherScorer(TrainerCallback):
         self.calls += 1
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
             scores = [iter(scorer.score(of_scorer, top_k)) for scorer, of_scorer in parts]
-        top_k = min(top_k, *(scorer.teacher.vocab_size for scorer in self.scorers.values()))
-        logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        top_ids = ids.new_zeros(*ids.shape, top_k)
-        top_logps = logps.new_full(top_ids.shape, -float("inf"))
-        for i, (row, number) in enumerate(zip(rows, numbers.tolist(), strict=True)):
-            if row is None:
-                continue
-            score = next(scores[number])
-            if score is None:  # behind a URL that doesn't answer
-                mask[i] = False
-                continue
-            length = len(score.logps)
-            logps[i, :length] = score.logps
-            named, named_logps = score.top_ids[:, :top_k], score.top_logps[:, :top_k]
-            can_be_named = self._contracts[number].can_be_named(named)
-            top_ids[i, :length] = named.where(can_be_named, 0)
-            top_logps[i, :length] = named_logps.masked_fill(~can_be_named, -float("inf"))
-        logps = torch.where(mask, logps, 0.0)
-        if not logps.isfinite().all():
-            raise FloatingPointError(
-                f"The teacher returned {(~logps.isfinite()).sum()} log-probabilities that are not finite, of "
-                f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or "
-                "load it "
-                'with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
-            )
+        result = self._pad(ids, mask, rows, numbers.tolist(), scores, top_k)
         self.seconds = time.perf_counter() - start + sum(scorer.waited for scorer in self.scorers.values())
-        result = {"teacher_per_token_logps": logps, "teacher_mask": mask}
-        if top_k:
-            result |= {"teacher_top_ids": top_ids, "teacher_top_logps": top_logps}
         return result if teacher_ids is None else result | {"teacher_index": numbers.to(ids.device)}
 
     def _make_rows(self, batch, mask, prompts) -> list[Row | None]:
@@ -220,6 +193,35 @@ class TeacherScorer(TrainerCallback):
             make_row(prompt, completion, of_row[: len(completion)], row_images)
             for prompt, completion, of_row, row_images in zip(prompts, completions, wanted, images, strict=True)
         ]
+
+    def _pad(self, ids, mask, rows, numbers, scores, top_k) -> dict[str, torch.Tensor]:
+        """What `score` returns, given for each of `scorers` an iterator over the scores of its rows."""
+        top_k = min(top_k, *(scorer.teacher.vocab_size for scorer in self.scorers.values()))
+        logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        top_ids = ids.new_zeros(*ids.shape, top_k)
+        top_logps = logps.new_full(top_ids.shape, -float("inf"))
+        for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+            if row is None:
+                continue
+            score = next(scores[number])
+            if score is None:  # behind a URL that doesn't answer
+                mask[i] = False
+                continue
+            length = len(score.logps)
+            logps[i, :length] = score.logps
+            named, named_logps = score.top_ids[:, :top_k], score.top_logps[:, :top_k]
+            can_be_named = self._contracts[number].can_be_named(named)
+            top_ids[i, :length] = named.where(can_be_named, 0)
+            top_logps[i, :length] = named_logps.masked_fill(~can_be_named, -float("inf"))
+        logps = torch.where(mask, logps, 0.0)
+        if not logps.isfinite().all():
+            raise FloatingPointError(
+                f"The teacher returned {(~logps.isfinite()).sum()} log-probabilities that are not finite, of "
+                f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or "
+                'load it with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
+            )
+        result = {"teacher_per_token_logps": logps, "teacher_mask": mask}
+        return result | ({"teacher_top_ids": top_ids, "teacher_top_logps": top_logps} if top_k else {})
 
     def _number(self, teacher_ids, size) -> torch.Tensor:
         """The number of each row's teacher among `scorers`, `int64` of shape `(B,)`."""

@@ -66,24 +66,28 @@ def create_teacher(
             "`teacher_model` must be a name, a path or a `PreTrainedModel`, but is a "
             f"`{type(teacher_model).__name__}`."
         )
+    teacher_class = choose_class(args, accelerator)
+    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
+        # It may turn out not to be an adapter, and then it is like any other
+        return AdapterTeacher(teacher_model, args, accelerator, bases)
+    return teacher_class(teacher_model, args, accelerator)
 
-    stage, offload = args.teacher_zero_stage, args.teacher_offload
-    distributed_type = accelerator.distributed_type
+
+def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeacher]:
+    """The class of a model in these processes. Raises a `ValueError` for settings that this launch can't honour."""
+    stage, distributed_type = args.teacher_zero_stage, accelerator.distributed_type
     if distributed_type != DistributedType.DEEPSPEED and stage is not None:
         raise ValueError(
             f"`teacher_zero_stage={stage}` needs DeepSpeed: launch with `accelerate launch --config_file` and one of "
             "`examples/accelerate_configs/zero*.yaml`, or leave it unset."
         )
-    if distributed_type == DistributedType.FSDP and offload != "none":
-        raise ValueError(
-            "Under FSDP the teacher is offloaded as the student is: leave `teacher_offload` at 'none', and set "
-            "`fsdp_offload_params: true` in the accelerate config."
-        )
+    if distributed_type == DistributedType.FSDP:
+        if args.teacher_offload != "none":
+            raise ValueError(
+                "Under FSDP the teacher is offloaded as the student is: leave `teacher_offload` at 'none', and set "
+                "`fsdp_offload_params: true` in the accelerate config."
+            )
+        return FSDPTeacher
     if distributed_type == DistributedType.DEEPSPEED and stage is None:
         stage = 3 if accelerator.state.deepspeed_plugin.zero_stage == 3 else 0
-    teacher_class = ZeRO3Teacher if stage == 3 else LocalTeacher
-    teacher_class = FSDPTeacher if distributed_type == DistributedType.FSDP else teacher_class
-    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
-        # It may turn out not to be an adapter, and then it is like any other
-        return AdapterTeacher(teacher_model, args, accelerator, bases)
-    return teacher_class(teacher_model, args, accelerator)
+    return ZeRO3Teacher if stage == 3 else LocalTeacher
