@@ -5,16 +5,15 @@ GRPO, KDRL, on-policy and offline distillation, RLAD and its relatives, side by 
     python benchmarks/comparison.py --student hasty        # and `sheltered`: an hour each
     python benchmarks/comparison.py --quick                # two seeds, one learning rate and five methods: 14 runs
 
-The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The *mistaken* student is that of the example too: it
-misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it
-is seldom right; the *sheltered* one is small and has hardly seen two of the operators. The flawed teacher is right but for
-one operator: for the mistaken student `&`, which that student knows, for the others `|`.
+The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The *mistaken* student is that of the example
+too: it misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that
+hides it, so it is seldom right; the *sheltered* one is small and has hardly seen two of the operators. The flawed
+teacher is right but for one operator: for the mistaken student `&`, which that student knows, for the others `|`.
 
-Every method has the same number of steps and of rollouts (or of kept samples of the teacher, or of both, half and half). The
-learning rate of each method is chosen among the same three, by one (shorter, for the mistaken student) run each with the
-strong teacher; the figures come from other seeds. Each run adds one line to `runs.jsonl` in the output folder, from which the
-study goes on if it is interrupted.
-Two runs go side by side, on one thread each.
+Every method has the same number of steps and of rollouts (or of kept samples of the teacher, or of both, half and
+half). The learning rate of each method is chosen among the same three, by one (shorter, for the mistaken student) run
+each with the strong teacher; the figures come from other seeds. Each run adds one line to `runs.jsonl` in the output
+folder, from which the study goes on if it is interrupted. Two runs go side by side, on one thread each.
 """
 
 import argparse
@@ -161,8 +160,8 @@ def held_out_puzzles():
 
 def measure(model):
     """
-    Accuracy on held-out puzzles, sampled as in the paper and always with the same seed: by the number of people, and by the
-    operators that they have in them.
+    Accuracy on held-out puzzles, sampled as in the paper and always with the same seed: by the number of people, and
+    by the operators that they have in them.
     """
     puzzles, was_training = held_out_puzzles(), model.training
     settings = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": 600}
@@ -388,7 +387,8 @@ def tabulate(results, rates, plan, teacher):
     seeds = plan["seeds"]
     grpo = pick(results, "GRPO", teacher, rates["GRPO"], seeds)
     rows = [
-        "| method | learning rate | 2 people | 3 people | 4 people | mean | over GRPO | with `&` / with <code>&#124;</code> | steps to GRPO's end |",
+        "| method | learning rate | 2 people | 3 people | 4 people | mean | over GRPO | with `&` / with "
+        "<code>&#124;</code> | steps to GRPO's end |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     before = [mean(run["curve"][0][i] for run in grpo) for i in range(1, 4)]
@@ -453,10 +453,11 @@ def report(results, swept, rates, plan, path, command):
     parts = [
         f"# The comparison in miniature: the {plan['student']} student",
         f"`{command}` on {time.strftime('%d %B %Y')}: {plan['steps']} steps of {plan['rollouts']} rollouts (offline "
-        f"distillation: as many samples of the teacher, made once), seeds {seeds}, {os.cpu_count()} CPU cores, {packages}.",
-        "Accuracy on 200 held-out puzzles for each number of people, sampled at temperature 0.6 and top-p 0.95; mean with "
-        "95% interval over the seeds (Student's t), and the difference from GRPO, seed by seed. *Steps to GRPO's end* is where "
-        f"the mean curve first reaches GRPO's final mean, measured every {plan['eval_steps']} steps.",
+        f"distillation: as many samples of the teacher, made once), seeds {seeds}, {os.cpu_count()} CPU cores, "
+        f"{packages}.",
+        "Accuracy on 200 held-out puzzles for each number of people, sampled at temperature 0.6 and top-p 0.95; mean "
+        "with 95% interval over the seeds (Student's t), and the difference from GRPO, seed by seed. *Steps to GRPO's "
+        f"end* is where the mean curve first reaches GRPO's final mean, measured every {plan['eval_steps']} steps.",
     ]
     parts += [
         f"## {teacher.capitalize()} teacher\n\n{tabulate(results, rates, plan, teacher)}"
@@ -465,8 +466,8 @@ def report(results, swept, rates, plan, path, command):
     if len(plan["rates"]) > 1:
         sweep = shorten(plan)
         parts.append(
-            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher, after {sweep['steps']} steps of "
-            f"{sweep['rollouts']} rollouts.\n\n{tabulate_sweep(swept, plan, rates)}"
+            f"## The learning rates\n\nFinal accuracy with seed 0 and the strong teacher, after {sweep['steps']} "
+            f"steps of {sweep['rollouts']} rollouts.\n\n{tabulate_sweep(swept, plan, rates)}"
         )
     path.write_text("\n\n".join(parts) + "\n")
     plot(results, rates, plan, path.with_suffix(".png"))

@@ -278,7 +278,9 @@ def make_image_rows(name: str) -> list[dict]:
 
 
 def make_batch(rows: list[dict]) -> dict:
-    """The rows as TRL has them: prompts padded on the left, completions on the right, and the images of all in a row."""
+    """
+    The rows as TRL has them: prompts padded on the left, completions on the right, and the images of all in a row.
+    """
 
     def pad(sequences, side="right"):
         return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_side=side)

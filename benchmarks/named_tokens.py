@@ -1,10 +1,11 @@
 """
-Time what named tokens add to a step at a vocabulary of 150,000: the divergence from the teacher by k2 and by "forward".
+Time what named tokens add to a step at a vocabulary of 150,000: the divergence from the teacher by k2 and by
+"forward".
 
     python benchmarks/named_tokens.py
 
-A step is the teacher's scoring and the student's passes forward and backward, on the same rollouts; the ways take turns in one
-process, and medians are printed, with the peak of memory. Student and teacher are random.
+A step is the teacher's scoring and the student's passes forward and backward, on the same rollouts; the ways take
+turns in one process, and medians are printed, with the peak of memory. Student and teacher are random.
 """
 
 import argparse

@@ -3,9 +3,10 @@ Time a step whose reward function waits as long as the teacher takes, and see wh
 
     python benchmarks/overlap.py
 
-The reward sleeps, as one does that asks a judge or a sandbox elsewhere: once as a plain function, once as a coroutine. The
-teacher's passes sleep too, as a thread does that waits for a GPU or for a server, so that it doesn't matter what else runs
-here; all around them is what trains. The server is the tests', over real sockets. Student and rollouts are small.
+The reward sleeps, as one does that asks a judge or a sandbox elsewhere: once as a plain function, once as a coroutine.
+The teacher's passes sleep too, as a thread does that waits for a GPU or for a server, so that it doesn't matter what
+else runs here; all around them is what trains. The server is the tests', over real sockets. Student and rollouts are
+small.
 """
 
 import asyncio

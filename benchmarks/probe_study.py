@@ -1,12 +1,12 @@
 """
 Does `trl-rlad probe` foretell which method wins? Its figures beside the results of `comparison.py`.
 
-    python benchmarks/probe_study.py
-    python benchmarks/probe_study.py --write    # only the figures that the probe quotes, from the results that are there
+    python benchmarks/probe_study.py python benchmarks/probe_study.py --write    # only the figures that the probe
+    quotes, from the results that are there
 
-For each student and each teacher of that study, whose runs are in `results/comparison_runs.jsonl`. It takes three minutes on
-a CPU core, and another three the first time, for the models of the study. What the probe quotes of it goes to
-`trl_rlad/reports/study.json`.
+For each student and each teacher of that study, whose runs are in `results/comparison_runs.jsonl`. It takes three
+minutes on a CPU core, and another three the first time, for the models of the study. What the probe quotes of it goes
+to `trl_rlad/reports/study.json`.
 """
 
 import argparse
@@ -28,16 +28,17 @@ RESULTS = Path(__file__).parent / "results"
 QUOTED = Path(__file__).parents[1] / "trl_rlad" / "reports" / "study.json"
 CASES = [(student, teacher) for student in comparison.STUDENTS for teacher in comparison.TEACHERS]
 FIGURES = (
-    "mean@1", "pass@k", "signal", "all_failed", "student_entropy", "gap", "beyond_clip", "discrimination", "teacher_auc", "student_auc",
-    "prefers_rewarded", "prefers_punished", "contradicted_failed", "contradicted_succeeded", "top1", "entropy", "clip_high@0.5", "clip_low@0.5",
-)  # fmt: skip
+    "mean@1 pass@k signal all_failed student_entropy gap beyond_clip discrimination teacher_auc student_auc "
+    "prefers_rewarded prefers_punished contradicted_failed contradicted_succeeded top1 entropy clip_high@0.5 "
+    "clip_low@0.5"
+).split()
 METHODS = ("RLAD", "credit", "KDRL", "on-policy distillation", "RLAD + named", "offline distillation")
 
 
 HEAD = """# The probe beside the study
 
-`python benchmarks/probe_study.py`: figures of `trl-rlad probe` on {prompts} prompts with 8 completions each, taken before any
-training, in brackets their 95% intervals (bootstrap over prompts); below them, the gain of each method over GRPO after
+`python benchmarks/probe_study.py`: figures of `trl-rlad probe` on {prompts} prompts with 8 completions each, taken before
+any training, in brackets their 95% intervals (bootstrap over prompts); below them, the gain of each method over GRPO after
 training, in points, from the runs of [the comparison](../../comparison.py).
 """
 
@@ -72,7 +73,9 @@ def probe(student, teacher, prompts, models):
 
 
 def quote():
-    """What `trl_rlad.probe.recommend` says of the study; gains and costs are in points of accuracy over or below GRPO's."""
+    """
+    What `trl_rlad.probe.recommend` says of the study; gains and costs are in points of accuracy over or below GRPO's.
+    """
     table = (RESULTS / "probe" / "study.md").read_text()
     row = re.search(r"^\| `contradicted_failed` \| (.*) \|$", table, re.MULTILINE)[1]
     contradicted = dict(zip(CASES, (float(cell.split()[0]) for cell in row.split(" | ")), strict=True))

@@ -1,12 +1,13 @@
 """
-Kill a run again and again and see whether it ends as an undisturbed one does; run it for long and see whether anything grows.
+Kill a run again and again and see whether it ends as an undisturbed one does; run it for long and see whether anything
+grows.
 
     python benchmarks/reliability.py --kills 20            # five to ten minutes
     python benchmarks/reliability.py --soak 2000           # ten minutes
 
-Both train the student of `examples/mini/` with all that has a state: distillation first, then a divergence whose coefficient
-moves, over the teacher's named tokens, with accumulation, a warm-up, and a reward that is a coroutine, so that the teacher
-scores in a thread.
+Both train the student of `examples/mini/` with all that has a state: distillation first, then a divergence whose
+coefficient moves, over the teacher's named tokens, with accumulation, a warm-up, and a reward that is a coroutine, so
+that the teacher scores in a thread.
 """
 
 import argparse
@@ -93,8 +94,8 @@ def newest(folder):
 
 def kill_again_and_again(folder, kills, steps, rng):
     """
-    Kill a run at random moments. Returns for each whether its newest checkpoint was torn, and whether the run ended as an
-    undisturbed one.
+    Kill a run at random moments. Returns for each whether its newest checkpoint was torn, and whether the run ended as
+    an undisturbed one.
     """
     whole, killed, torn = folder / "whole", folder / "killed", []
     for each in (whole, killed):

@@ -1,5 +1,6 @@
 """
-Send 2,000 rows of 256 tokens to a teacher behind vLLM on this machine, and see how fast and how steadily they come back.
+Send 2,000 rows of 256 tokens to a teacher behind vLLM on this machine, and see how fast and how steadily they come
+back.
 
     python benchmarks/served.py
 

@@ -1,13 +1,14 @@
 """
-Time a training step: TRL's GRPO, ours without a teacher, and ours with teachers of several sizes, on the same rollouts.
+Time a training step: TRL's GRPO, ours without a teacher, and ours with teachers of several sizes, on the same
+rollouts.
 
     python benchmarks/step_overhead.py
     python benchmarks/step_overhead.py --lengths exponential --micro_batches 8 --json results.json
 
-All ways take turns in one process; medians are printed, in times of GRPO's step. A step is everything but the optimizer's
-update: rewards, the teacher's scoring, and the student's passes forward and backward. Rollouts are given, with random
-tokens; what it takes to generate them, which is the same for all, is timed by itself. Student and teachers are random. A
-teacher's floor is one forward pass over as many tokens, without padding.
+All ways take turns in one process; medians are printed, in times of GRPO's step. A step is everything but the
+optimizer's update: rewards, the teacher's scoring, and the student's passes forward and backward. Rollouts are given,
+with random tokens; what it takes to generate them, which is the same for all, is timed by itself. Student and teachers
+are random. A teacher's floor is one forward pass over as many tokens, without padding.
 """
 
 import argparse

@@ -4,8 +4,8 @@ Time the teacher's scoring: TRL's padded way, ours with each part switched on in
     python benchmarks/teacher_scoring.py --preset cpu
     python benchmarks/teacher_scoring.py --preset h200 --json results.json
 
-The floor is one dense forward pass, without any padding, over as many tokens as the rows really have, with the LM head on
-as many as are scored. All ways take turns in one process; the medians are printed. Weights are random.
+The floor is one dense forward pass, without any padding, over as many tokens as the rows really have, with the LM head
+on as many as are scored. All ways take turns in one process; the medians are printed. Weights are random.
 """
 
 import argparse
@@ -185,7 +185,9 @@ def make_ways(
 
 
 def time_ways(ways: dict, repeats: int, device) -> dict[str, float]:
-    """Median seconds of each way; they take turns. On a CPU those of one core are counted, whatever else runs there."""
+    """
+    Median seconds of each way; they take turns. On a CPU those of one core are counted, whatever else runs there.
+    """
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     torch.set_num_threads(1)
     seconds = {name: [] for name in ways}

@@ -1,4 +1,6 @@
-"""Controls and what was tried, which are no settings of the library: guides of an `RLADTrainer` with one thing changed."""
+"""
+Controls and what was tried, which are no settings of the library: guides of an `RLADTrainer` with one thing changed.
+"""
 
 import torch
 
@@ -8,7 +10,10 @@ from trl_rlad.teacher_guide import TeacherGuide
 
 
 class NormalizedCreditGuide(TeacherGuide):
-    """The credit of Distilled RL (arXiv 2607.17247): divided by its geometric mean over the completion, rewarded rows only."""
+    """
+    The credit of Distilled RL (arXiv 2607.17247): divided by its geometric mean over the completion, rewarded rows
+    only.
+    """
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
         terms, scores, advantages = self.terms, self.read_scores(batch), two_dimensional(batch["advantages"])
@@ -20,7 +25,9 @@ class NormalizedCreditGuide(TeacherGuide):
 
 
 class ShuffledGuide(TeacherGuide):
-    """A control: what the teacher said, in another order. Anything that is still gained doesn't come from the teacher."""
+    """
+    A control: what the teacher said, in another order. Anything that is still gained doesn't come from the teacher.
+    """
 
     def finish(self, batch, rewards_per_func, rows):
         batch = super().finish(batch, rewards_per_func, rows)

@@ -1,6 +1,7 @@
 """
-A newcomer's walk, with times: an empty environment, the main job, the probe, the view, and a plain GRPO script that is converted by
-the diff of docs/migrating.md (on the models and puzzles of `examples/mini`, as no Hub is asked). Writes `results/walk.md`.
+A newcomer's walk, with times: an empty environment, the main job, the probe, the view, and a plain GRPO script that is
+converted by the diff of docs/migrating.md (on the models and puzzles of `examples/mini`, as no Hub is asked). Writes
+`results/walk.md`.
 
     python benchmarks/walk.py
 """
@@ -58,7 +59,8 @@ def main():
             start = time.perf_counter()
             subprocess.run(command.format(**places), shell=True, cwd=ROOT, env=env, check=True)
             rows.append(
-                f"| {name} | `{command.format(venv='.venv', bin='.venv/bin', out='outputs')}` | {time.perf_counter() - start:.0f} s |"
+                f"| {name} | `{command.format(venv='.venv', bin='.venv/bin', out='outputs')}` | "
+                f"{time.perf_counter() - start:.0f} s |"
             )
             print(rows[-1], flush=True)
     text = f"""# A newcomer's walk

@@ -76,8 +76,8 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         if last is not None:
             raise ValueError(
-                f"`--output_dir {args.output_dir}` has the checkpoints of another run, which this one would replace. Go on from "
-                "the last of them with `--resume_from_checkpoint true`, or choose another folder."
+                f"`--output_dir {args.output_dir}` has the checkpoints of another run, which this one would replace. "
+                "Go on from the last of them with `--resume_from_checkpoint true`, or choose another folder."
             )
         return None
     checkpoint = last if str(wanted).lower() == "true" else wanted

@@ -1,6 +1,6 @@
 """
-Measure a model on held-out puzzles: Mean@n, the mean accuracy of n samples per puzzle, and Pass@k, the probability that
-at least one of k samples is right.
+Measure a model on held-out puzzles: Mean@n, the mean accuracy of n samples per puzzle, and Pass@k, the probability
+that at least one of k samples is right.
 
 Without arguments: the student of `examples/mini/`, before training.
 
@@ -13,7 +13,8 @@ puzzles that it held out:
     python examples/evaluate.py --task knights_knaves --task_kwargs '{"n_people": [3, 4, 5, 6]}' \
         --model_name_or_path outputs/qwen3-0.6b-rlad --backend vllm --num_samples 32 --k 1 8 32
 
-For mathematics take [lighteval](https://github.com/huggingface/lighteval), which has AIME and MATH-500 (written for 0.13):
+For mathematics take [lighteval](https://github.com/huggingface/lighteval), which has AIME and MATH-500 (written for
+0.13):
 
     lighteval vllm "model_name=outputs/math,generation_parameters={max_new_tokens:8192,temperature:0.6,top_p:0.95}" \
         aime24_avg,aime25_avg,math_500

@@ -1,5 +1,5 @@
 """
-The offline baseline: a teacher answers the training puzzles, the right answers are kept, and the student imitates them.
+The offline baseline: a teacher answers the training puzzles, and the student imitates its right answers.
 
 Without arguments: knights and knaves in miniature, offline, with the two small models in `examples/mini/`.
 
@@ -11,9 +11,9 @@ Any of reasoning-gym's tasks, with any student and teacher, in one process:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B --backend vllm \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-offline
 
-What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read, and kept beside
-it, so that another run with the same settings doesn't ask again. The share of right answers to each puzzle is in
-`teacher_weight.json`: copied into the output folder of `rlad_grpo.py`, it spares `--teacher_samples` the sampling.
+What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read, and kept
+beside it, so that another run with the same settings doesn't ask again. The share of right answers to each puzzle is
+in `teacher_weight.json`: copied into the output folder of `rlad_grpo.py`, it spares `--teacher_samples` the sampling.
 """
 
 import json
@@ -106,8 +106,8 @@ def collect(
     Returns:
         `tuple[Dataset, dict[str, int]]`:
             The right answers, with the columns `prompt` and `completion` (text), and the number of `prompts`, of
-            `solved_prompts` (with a right answer), of `samples`, of `kept_samples`, and of tokens in both, `tokens` and
-            `kept_tokens`, the end-of-sequence token included.
+            `solved_prompts` (with a right answer), of `samples`, of `kept_samples`, and of tokens in both, `tokens`
+            and `kept_tokens`, the end-of-sequence token included.
     """
     prompts = list(task.train_dataset["prompt"])
     completions = sample(teacher, prompts, samples_per_prompt, max_new_tokens=max_new_tokens, **sampling)

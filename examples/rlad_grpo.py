@@ -13,9 +13,9 @@ Any of reasoning-gym's tasks, with any student and teacher:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-rlad
 
-or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`, and those of the methods, for
-any run, in `examples/methods/`: `--config examples/methods/grpo.yaml` is the GRPO baseline, and `rlad.yaml` the paper's form
-of RLAD.
+or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`, and those of the
+methods, for any run, in `examples/methods/`: `--config examples/methods/grpo.yaml` is the GRPO baseline, and
+`rlad.yaml` the paper's form of RLAD.
 """
 
 from copy import copy
@@ -40,8 +40,8 @@ class ScriptArguments:
 
     Args:
         task (`str`, *optional*, defaults to `"mini"`):
-            `"mini"`, knights and knaves in miniature; `"math"`, see [`~tasks.mathematics.load_math`]; or the name of a task of
-            reasoning-gym, such as `"knights_knaves"`.
+            `"mini"`, knights and knaves in miniature; `"math"`, see [`~tasks.mathematics.load_math`]; or the name of a
+            task of reasoning-gym, such as `"knights_knaves"`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task.
         train_size (`int`, *optional*, defaults to `10000`):
@@ -51,8 +51,8 @@ class ScriptArguments:
         report_steps (`int`, *optional*):
             Measure the accuracy every so many steps of training too, into the log.
         teacher_model_name_or_path (`str`, *optional*):
-            Name or path of the teacher. Not needed with `teacher_server_urls`, or with `alpha=1.0` and no `teacher_kl_coef`
-            or `distillation_fraction`.
+            Name or path of the teacher. Not needed with `teacher_server_urls`, or with `alpha=1.0` and no
+            `teacher_kl_coef` or `distillation_fraction`.
         teacher_samples (`int`, *optional*, defaults to `0`):
             Number of times that the teacher answers each training puzzle first, so that it has a say only where it is
             right, and as much as it is right: see [`~sampling.add_teacher_weight`]. The main process samples, into
@@ -72,7 +72,7 @@ class ScriptArguments:
     teacher_samples: int = field(
         default=0,
         metadata={
-            "help": "Number of times that the teacher answers each training puzzle first, to have a say only where it is "
+            "help": "Number of times that the teacher answers each training puzzle first, to be believed only where it is "
             "right. 0 believes it everywhere."
         },
     )

@@ -220,8 +220,8 @@ def store_teacher_weight(
 
 def add_teacher_weight(task: Task, teacher: str, num_samples: int, path: Path, **sampling) -> Dataset:
     """
-    Adds the column `teacher_weight`, by which the `RLADTrainer` lets a teacher have its say where it can be believed: the
-    share of its answers to each prompt that are right.
+    Adds the column `teacher_weight`, by which the `RLADTrainer` lets a teacher have its say where it can be believed:
+    the share of its answers to each prompt that are right.
 
     Args:
         task ([`~tasks.Task`]):
@@ -244,8 +244,8 @@ def add_teacher_weight(task: Task, teacher: str, num_samples: int, path: Path, *
     known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "teacher_weight": {}}
     if known["settings"] != settings:
         raise ValueError(
-            f"{path} holds the answers of another teacher or another number of them, {known['settings']}, not {settings}. "
-            "Move it away, or choose another `--output_dir`."
+            f"{path} holds the answers of another teacher or another number of them, {known['settings']}, not "
+            f"{settings}. Move it away, or choose another `--output_dir`."
         )
     weights = known["teacher_weight"]
     missing = list({key: row for row, key in enumerate(keys) if key not in weights}.values())

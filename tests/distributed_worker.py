@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tiny
 import torch
+import twin
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from test_teacher_scorer import make_batch
@@ -91,7 +92,6 @@ def main(
     hang=None,  # this rank never comes back from its teacher
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
-    reward="reward",  # its name in `tiny`
     teachers=None,  # paths of several by name, for rows in turn
     **kwargs,
 ):
@@ -105,9 +105,10 @@ def main(
         names = [names[i % len(names)] for i in range(len(dataset))]
         prompts = ["w9 w8 w7" if i % 4 == 0 else None for i in range(len(dataset))]
         dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
+    reward = twin.Watcher()
     trainer = RLADTrainer(
         student,
-        getattr(tiny, reward),
+        reward,
         config,
         dataset,
         teacher_model=teachers or teacher,
@@ -133,7 +134,8 @@ def main(
         if "teacher_top_ids" in scores:
             torch.save(scores, Path(output_dir, f"scores_{rank}.pt"))
     trainer.train(resume_from_checkpoint=resume)
-    result["losses"] = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    result["logs"] = [log for log in trainer.state.log_history if "loss" in log]
+    result["losses"], result["rows"] = {log["step"]: log["loss"] for log in result["logs"]}, reward.calls
     result["files"] = sorted(path.name for path in Path(output_dir).rglob("*") if path.is_file())
     if teacher.is_sharded and not lora:
         result["most_parameters"] = most[0]

@@ -3,7 +3,8 @@
 The real `huggingface_hub` client talks to it over HTTP on 127.0.0.1. It speaks: `whoami`, `create_repo`,
 `upload_folder` / `create_commit` (card check, preupload, LFS batch + PUT + verify, commit of added files),
 `model_info`, the (always recursive) file listing, and downloads (HEAD and GET of `resolve`). Public model repos with
-the branch `main` and its newest commit only. Anything else is refused and changes nothing.
+the branch `main` and its newest commit, and to download from, what `repos` has as `tester/tiny@v1`. Anything else is
+refused and changes nothing.
 
     with HubServer() as hub:
         subprocess.run([sys.executable, "-c", script], env=hub.env(tmp_path), check=True)
@@ -118,11 +119,12 @@ class HubServer:
     def _files(self, repo, revision="main"):
         if repo not in self.repos:
             raise Refusal(404, "Repository not found", "RepoNotFound")
-        files = self.repos[repo]
-        sha = hashlib.sha1(repr(sorted((path, oid(files[path])) for path in files)).encode()).hexdigest()
-        if revision not in (None, "main", sha):
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha, files
+        branches = {name.partition("@")[2]: files for name, files in self.repos.items() if name.startswith(f"{repo}@")}
+        for branch, files in ({"main": self.repos[repo]} | branches).items():
+            sha = hashlib.sha1(repr(sorted((path, oid(files[path])) for path in files)).encode()).hexdigest()
+            if revision in (None, branch, sha):
+                return sha, files
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def whoami(self, body):
         return {"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}}

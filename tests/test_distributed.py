@@ -8,14 +8,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import tiny
 import torch
+import twin
 import yaml
 from distributed_worker import make_ragged_batch
-from teacher_server import TeacherServer
+from peft import PeftModel
+from teacher_server import TeacherServer, right, status
+from test_probe import SCRIPT
 from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
+
+from trl_rlad.rollouts import read_rollouts
 
 
 TESTS = Path(__file__).parent
@@ -43,7 +49,8 @@ def launch(output_dir, config, check=True, worker="distributed_worker.py", **opt
     if not check:
         return run
     assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(Path(output_dir, f"result_{rank}.json").read_text()) for rank in range(2)]
+    texts = [Path(output_dir, f"result_{rank}.json").read_text() for rank in range(2)]
+    return [json.loads(text) | {"folder": output_dir} for text in texts]
 
 
 TEACHER = {"seed": 1, "hidden_size": 24, "vocab_size": 40, "layers": 8}
@@ -54,10 +61,13 @@ def paths(student_path, tmp_path_factory):
     return {"student": student_path, "teacher": tiny.save_model(tmp_path_factory.mktemp("deep"), **TEACHER)}
 
 
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+
+
 @pytest.fixture(scope="module")
 def unsharded(tmp_path_factory, paths):
     """The same steps by two processes that each hold everything."""
-    return launch(tmp_path_factory.mktemp("ddp"), "ddp", **paths)
+    return launch(tmp_path_factory.mktemp("ddp"), "ddp", **paths, **SAVED)
 
 
 def assert_scores(results, teacher_path):
@@ -76,9 +86,31 @@ def assert_losses(results, expected, rel=1e-4):
         assert results[0]["losses"][step] == pytest.approx(loss, rel=rel, abs=1e-5), step
 
 
+def students_of(folder, student, steps=3):
+    """The student of each step of a run that was saved after each."""
+    return [twin.load(path) for path in (student, *(folder / f"checkpoint-{step}" for step in range(1, steps)))]
+
+
+def adapted_students_of(folder, student):
+    """The same of a student that trains an adapter, which in the beginning changes nothing."""
+    adapted = [PeftModel.from_pretrained(twin.load(student), folder / f"checkpoint-{step}") for step in (1, 2)]
+    return [twin.load(student), *adapted]
+
+
+def assert_twins(results, students, teacher, **kwargs):
+    """Each step has the loss and the metrics that plain passes over the rows of both ranks give, and both ranks log them."""
+    for step, student in enumerate(students):
+        rows = [row for result in results for row in result["rows"][step]]
+        assert len(rows) == 8
+        expected = twin.log_of_step(rows, student, teacher, **kwargs)
+        for result in results:
+            twin.assert_logged(result["logs"][step], expected)
+
+
 def test_data_parallel(unsharded, paths):
     assert unsharded[0]["teacher"] == "LocalTeacher" and len(unsharded[0]["losses"]) == 3
     assert_scores(unsharded, paths["teacher"])
+    assert_twins(unsharded, students_of(unsharded[0]["folder"], paths["student"]), twin.load(paths["teacher"]))
 
 
 @pytest.mark.parametrize("student_stage", [0, 1, 2, 3])
@@ -120,8 +152,11 @@ def test_fsdp2_in_bf16_scores_in_float32(tmp_path, paths):
 
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
 def test_the_students_own_base_as_teacher(config, tmp_path, paths):
-    results = launch(tmp_path, config, student=paths["student"], teacher="base", lora=True)
-    assert results[0]["teacher"] == "BaseTeacher" and len(results[0]["losses"]) == 3
+    results = launch(tmp_path, config, student=paths["student"], teacher="base", lora=True, **SAVED)
+    assert results[0]["teacher"] == "OwnBaseTeacher" and len(results[0]["losses"]) == 3
+    assert_twins(results, adapted_students_of(tmp_path, paths["student"]), twin.load(paths["student"]))
+    # The adapter has moved the student, and not the teacher
+    assert abs(results[0]["logs"][2]["teacher/log_ratio"]) > 1e-3
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
@@ -177,11 +212,17 @@ def test_each_row_has_its_own_teacher_and_prompt(config, tmp_path, paths):
 
 
 NAMED = {"teacher_kl": "forward", "teacher_kl_coef": 1.0, "teacher_top_k": 4, "alpha": 0.5}
+TWIN_NAMED = {"coef": 1.0, "k": 4}
 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory, paths):
-    return launch(tmp_path_factory.mktemp("named"), "ddp", **paths, **NAMED)
+    return launch(tmp_path_factory.mktemp("named"), "ddp", **paths, **NAMED, **SAVED)
+
+
+def test_named_tokens(named, paths):
+    students = students_of(named[0]["folder"], paths["student"])
+    assert_twins(named, students, twin.load(paths["teacher"]), **TWIN_NAMED)
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload"])
@@ -204,16 +245,27 @@ def test_named_tokens_under_fsdp2(tmp_path, paths, named):
 
 
 def test_named_tokens_of_the_students_own_base(tmp_path, paths):
-    results = launch(tmp_path, "zero3", student=paths["student"], teacher="base", lora=True, **NAMED)
-    whole = launch(tmp_path / "ddp", "ddp", student=paths["student"], teacher="base", lora=True, **NAMED)
-    assert_losses(results, whole)
+    results = launch(tmp_path, "zero3", student=paths["student"], teacher="base", lora=True, **NAMED, **SAVED)
+    students = adapted_students_of(tmp_path, paths["student"])
+    assert_twins(results, students, twin.load(paths["student"]), **TWIN_NAMED)
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_distil_then_reinforce_in_two_processes(config, tmp_path, paths):
     kwargs = {"teacher_kl": "forward", "alpha": 1.0, "distillation_fraction": 0.5, "max_steps": 4}
-    results = launch(tmp_path, config, **paths, **kwargs)
-    assert len(results[0]["losses"]) == 4
+    results = launch(tmp_path, config, **paths, **kwargs, **SAVED)
+    logs, teacher = results[0]["logs"], twin.load(paths["teacher"])
+    assert [log["teacher/kl_coef"] for log in logs] == [1.0, 1.0, 0.0, 0.0]
+    for step, student in enumerate(students_of(tmp_path, paths["student"], steps=4)):
+        rows = [row for result in results for row in result["rows"][step]]
+        if step < 2:  # the divergence alone, on all rows
+            rows = [{**row, "reward": 0.0} for row in rows]
+        expected = twin.log_of_step(rows, student, teacher, alpha=1.0, coef=[1.0, 0.0][step // 2], k=8)
+        for result in results:
+            log = result["logs"][step]
+            assert log["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+            assert (log.get("teacher/kl") or 0.0) == pytest.approx(expected.get("teacher/kl", 0.0), abs=1e-4)
+            assert log["grad_norm"] > 0.0
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
@@ -222,3 +274,115 @@ def test_every_family_scores_the_same_on_two_processes(config, tmp_path):
     results = launch(tmp_path, config, worker="families_worker.py")
     for differences in results:
         assert len(differences) > 40 and max(differences.values()) < 1e-4, differences
+
+
+# What is logged and written down, by either rank
+
+
+WATCHED = {
+    "teacher_kl": "forward",
+    "teacher_kl_coef": 0.3,
+    "teacher_top_k": 4,
+    "teacher_kl_on": "failed",
+    "success_reward": 0.5,
+    "num_iterations": 2,
+    "max_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "log_completions": True,
+    "num_completions_to_print": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, paths):
+    """Two steps on the same 8 rollouts of each rank; and one whose teacher answers the rows of rank 0 alone."""
+    folder = tmp_path_factory.mktemp("watched")
+    teachers = {"deep": paths["teacher"], "wide": tiny.save_model(folder / "wide", seed=2, hidden_size=32)}
+    prompt = tiny.make_tokenizer()(tiny.make_dataset()[2]["prompt"])["input_ids"]  # the first that is rank 1's
+
+    def fault(handler, answer):
+        is_ours = hasattr(handler, "body") and handler.body["prompt"][: len(prompt)] == prompt
+        (status(500) if is_ours else right)(handler, answer)
+
+    with TeacherServer(paths["teacher"]) as server:
+        server.fault = fault
+        kwargs = {"student": paths["student"], "teachers": teachers, "server": server.url, "settings": WATCHED}
+        results = launch(folder, "ddp", worker="metrics_worker.py", **kwargs)
+    models = {name: twin.load(path) for name, path in teachers.items()}
+    students = [twin.load(paths["student"]), twin.load(folder / "metrics" / "checkpoint-1")]
+    return results, folder, students, models
+
+
+def test_metrics_are_means_over_the_tokens_of_both_ranks(watched):
+    results, _, students, teachers = watched
+    ranks = [result["metrics"] for result in results]
+    settings = {"old": students[0], "coef": 0.3, "k": 4, "success_reward": 0.5}
+    for step, student in enumerate(students):
+        logs = [rank["logs"][step] for rank in ranks]
+        rows = [rank["rows"][0] for rank in ranks]
+        expected, *alone = (twin.log_of_step(each, student, teachers, **settings) for each in (sum(rows, []), *rows))
+        left_out = ("teacher/top1", "teacher/entropy") if step else ()  # logged when the rows are scored
+        for log in logs:
+            twin.assert_logged(log, expected, left_out)
+        # The divergence is on the failed rows of each: neither rank's is the mean, and the ranks differ in their tokens
+        assert all(abs(each["teacher/kl"] - expected["teacher/kl"]) > 1e-3 for each in alone)
+    assert [len({row["reward"] > 0.5 for row in each}) for each in rows] == [2, 2]
+
+
+def test_every_row_of_the_table_has_its_own_log_ratio(watched):
+    results, folder, students, teachers = watched
+    table = pd.read_parquet(folder / "metrics" / "completions" / "completions_00002.parquet")
+    rows = [row for result in results for row in result["metrics"]["rows"][0]]
+    assert table["prompt"].tolist() == [row["prompt"] for row in rows] and len(rows) == 16
+    for row, advantage, shown in zip(rows, twin.advantages(rows), table["teacher_log_ratio"], strict=True):
+        assert (advantage != 0.0 or row["reward"] <= 0.5) == (not pd.isna(shown))  # the teacher has read it
+        models = students[1], teachers[row["teacher_id"]]
+        now, theirs = (
+            twin.log_probs(model, row["prompt"], row["ids"])[range(len(row["ids"])), row["ids"]] for model in models
+        )
+        gap = (now - theirs).mean().item()
+        assert pd.isna(shown) or shown == pytest.approx(gap, abs=1e-3)
+
+
+def test_the_rollouts_of_the_main_process_have_their_own_rewards(watched):
+    results, folder, _, _ = watched
+    rows, records = results[0]["metrics"]["rows"][0], read_rollouts(folder / "metrics")
+    assert len(records) == 2 * 8  # both groups have signal, after both steps
+    for record in records:
+        assert record["ids"] == rows[record["row"]]["ids"] and record["reward"] == pytest.approx(
+            rows[record["row"]]["reward"]
+        )
+
+
+def test_failed_rows_are_counted_on_both_ranks(watched):
+    results, _, _, _ = watched
+    ours, theirs = (result["failures"]["rows"][0] for result in results)
+    prompt = tiny.make_dataset()[2]["prompt"]
+    failed = [row for row in theirs if row["prompt"] == prompt]
+    assert len(failed) == 4 and not any(row["prompt"] == prompt for row in ours)
+    assert len({row["reward"] for row in failed}) > 1  # or the teacher wouldn't have been asked
+    count = len({tuple(row["ids"]) for row in failed})  # equal rows are asked for once
+    assert [result["failures"]["logs"][0]["teacher/failed_rows"] for result in results] == [count, count]
+
+
+# Of an odd number, accelerate evens out the last batch with rows of the first
+@pytest.mark.parametrize("prompts", [6, 5])
+def test_the_probe_reports_every_prompt_once(prompts, tmp_path, paths):
+    script, config, output = (tmp_path / name for name in ("train.py", "config.yaml", "probe.json"))
+    script.write_text(SCRIPT)
+    settings = yaml.safe_load((CONFIGS / "multi_gpu.yaml").read_text())
+    config.write_text(yaml.dump(settings | {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    command += ["-m", "trl_rlad", "probe", "--prompts", str(prompts), "--output", output, script]
+    command += [paths["student"], paths["teacher"], tmp_path / "out"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    run = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    records = read_rollouts(output.with_suffix(".parquet"))
+    assert sorted(record["group"] for record in records) == sorted(4 * list(range(prompts)))
+    assert len({(record["group"], record["prompt"]) for record in records}) == prompts
+    assert len({record["prompt"] for record in records}) == prompts == json.loads(output.read_text())["prompts"]
+    for record in records:
+        expected = 0.0 if "w5" in record["prompt"] else tiny.reward([record["ids"]])[0]
+        assert record["reward"] == pytest.approx(expected)

@@ -7,9 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
+from accelerate import Accelerator
 from hub_server import HubServer
+from teacher_server import TeacherServer
 
+from trl_rlad import RLADTrainer
 from trl_rlad.model_card import launch_command
 
 
@@ -175,3 +179,34 @@ def test_the_launch_command_keeps_secrets_and_folders_to_itself():
         "--teacher https://example.org/v1/teacher"
     )
     assert launch_command(["-c", "--x", "1"], set()) is None
+
+
+def test_the_card_names_a_served_teacher_and_no_address(tmp_path, student_path, teacher_path, monkeypatch):
+    with TeacherServer(teacher_path) as one, TeacherServer(teacher_path) as other:
+        urls = [f"{one.url}/v1", other.url]
+        command = ["/home/me/train.py", "--teacher_server_urls", *urls, "--alpha", "0.3"]
+        monkeypatch.setattr(sys, "argv", command)
+        args = tiny.make_config(tmp_path, teacher_server_urls=urls, alpha=0.3)
+        RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset()).create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| Teacher | {Path(teacher_path).name} |" in card and "| `alpha` | 0.3 |" in card
+    assert "\ntrain.py --teacher_server_urls" in card and "--alpha 0.3\n" in card
+    assert "127.0.0.1" not in card and f":{one.port}" not in card and f":{other.port}" not in card
+
+
+def test_completions_in_a_step_and_processes(make_trainer, monkeypatch):
+    trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    # Two processes for the card alone, by a stub: a real launch of them takes half a minute
+    for processes, launch, completions in ((1, "1 process", 12), (2, "2 processes", 24)):
+        with monkeypatch.context() as stub:
+            stub.setattr(Accelerator, "num_processes", processes)
+            trainer.create_model_card()
+        card = Path(trainer.args.output_dir, "README.md").read_text()
+        assert f"| Completions in a step | {completions} |" in card
+        assert f"\n# on {launch}\ntrain.py\n" in card
+
+
+def test_an_address_that_another_begins_with_leaves_no_port():
+    secrets = ["http://10.0.0.1", "http://10.0.0.1:8000"]
+    assert launch_command(["run.py", *secrets], secrets) == "run.py *** ***"

@@ -57,7 +57,10 @@ def make_trainer(student, output_dir, dataset, cls=RLADTrainer, teacher=None, pe
 
 
 def train(*args, **kwargs):
-    trainer = make_trainer(*args, **kwargs)
+    return go(make_trainer(*args, **kwargs))
+
+
+def go(trainer):
     set_seed(0)  # loading a teacher may draw random numbers
     trainer.train()
     return trainer
@@ -87,11 +90,14 @@ MODES = {"trrd": {"alpha": 0.5}, "kl": FORWARD}
     ],
 )
 def test_training_with_a_teacher(data, kwargs, mode, tmp_path, student_path, teacher_path):
-    trainer = train(student_path, tmp_path, DATA[data], teacher=teacher_path, **MODES[mode], **kwargs)
+    trainer = make_trainer(student_path, tmp_path, DATA[data], teacher=teacher_path, **MODES[mode], **kwargs)
+    expected = tiny.expect_metrics(trainer)
+    go(trainer)
     metric = "teacher/kl" if mode == "kl" else "teacher/log_ratio"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2 and all(torch.tensor([log["loss"], log["grad_norm"]]).isfinite().all() for log in logs)
-    assert all(log[metric] != 0 and log["grad_norm"] > 0 for log in logs)
+    assert all(log["grad_norm"] > 0 for log in logs)
+    assert [log[metric] for log in logs] == pytest.approx([each[metric] for each in expected], rel=1e-3)
 
 
 @pytest.mark.parametrize("data", ["text", "images"])
@@ -164,8 +170,10 @@ def test_an_adapter_of_a_vision_language_model_as_teacher(tmp_path, student_path
 
 def test_a_text_only_teacher_of_text_rows(tmp_path, student_path, text_teacher_path):
     trainer = make_trainer(student_path, tmp_path, TEXT, teacher=text_teacher_path)
+    expected = tiny.expect_metrics(trainer)
     trainer.train()
-    assert trainer.state.log_history[0]["teacher/log_ratio"] != 0
+    ratio = trainer.state.log_history[0]["teacher/log_ratio"]
+    assert ratio == pytest.approx(expected[0]["teacher/log_ratio"], rel=1e-3)
 
 
 def test_a_text_only_teacher_of_images_is_refused(tmp_path, student_path, text_teacher_path):

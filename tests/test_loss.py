@@ -45,11 +45,12 @@ def make_logps(batch, seed=1):
 def reference_loss(logps, batch, alpha, clip, beta=0.0, level="token", loss_type="grpo", weights=None):
     """Eq. 3-5 token by token, in float64. Returns the loss and its gradient with respect to `logps`."""
     logps = logps.detach().double().requires_grad_()
+    batch = {"tool_mask": torch.ones(B, T), **batch}
     keys = ("old_per_token_logps", "teacher_per_token_logps", "ref_per_token_logps")
     old, teacher, ref = (batch[key].double() for key in keys)
     losses, sequences = [], []
     for i in range(B):
-        tokens = [t for t in range(T) if batch["completion_mask"][i, t]]
+        tokens = [t for t in range(T) if batch["completion_mask"][i, t] and batch["tool_mask"][i, t]]
         log_ratios = [
             reference_log_ratio(logps[i, t], old[i, t], teacher[i, t], alpha, clip)
             if batch["teacher_mask"][i, t]
@@ -127,13 +128,22 @@ def test_the_students_log_probs_may_come_in_bfloat16(make_trainer):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_teacher_shifted_by_one_token_is_caught(make_trainer):
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_teacher_has_its_say_on_the_very_token_it_scored(make_trainer, alpha):
     batch = make_batch()
-    logps = make_logps(batch)
-    trainer = make_trainer(logps)
-    shifted = {**batch, "teacher_per_token_logps": batch["teacher_per_token_logps"].roll(1, dims=1)}
-    loss = trainer.compute_loss(trainer.model, shifted)
-    assert not math.isclose(loss.item(), reference_loss(logps, batch, alpha=0.5, clip=1.0)[0].item(), rel_tol=1e-2)
+    batch["teacher_per_token_logps"] = batch["old_per_token_logps"].clone()  # nothing is clipped
+    other = {**batch, "teacher_per_token_logps": batch["teacher_per_token_logps"].clone()}
+    other["teacher_per_token_logps"][4, 2] -= 0.1
+    gradients = []
+    for each in (batch, other):
+        logps = batch["old_per_token_logps"].clone().requires_grad_()
+        trainer = make_trainer(logps, alpha=alpha)
+        trainer.compute_loss(trainer.model, each).backward()
+        gradients.append(logps.grad.double())
+    # Row 4 has A = -1.5, 6 tokens and a ratio of 1, which becomes exp((1 - alpha) * 0.1) at its token 2 alone
+    expected = torch.zeros(B, T, dtype=torch.float64)
+    expected[4, 2] = 1.5 / 6 / B * (math.exp((1 - alpha) * 0.1) - 1)
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_gradient_depends_on_the_teacher(make_trainer):
@@ -195,6 +205,18 @@ def test_tokens_of_tools_are_left_out(make_trainer):
     assert not logps.grad[:, 2:4].any() and logps.grad.any()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_with_tokens_of_tools_loss_and_gradient_equal_the_paper(make_trainer, level):
+    # The reference KL is weighted by the ratio to the old policy, which at sequence level is a mean over the own tokens
+    tool_mask = torch.ones(B, T, dtype=torch.long)
+    tool_mask[:, 2:4] = 0
+    batch = make_batch(tool_mask=tool_mask)
+    batch["teacher_mask"] &= tool_mask.bool()
+    logps = make_logps(batch)
+    trainer = make_trainer(logps, importance_sampling_level=level, beta=BETA)
+    assert_equals_reference(trainer, batch, logps, alpha=0.5, clip=1.0, beta=BETA, level=level)
+
+
 def test_off_policy_mask_asks_about_the_policy_not_the_teacher(make_trainer):
     # Rows 1 and 4 have A < 0. The policy hasn't moved, but the teacher finds the tokens 5 nats likelier, so that
     # log anchor - log pi is about 0.5: a mask on the anchor would drop them
@@ -242,8 +264,13 @@ def test_the_buffered_batch_is_not_written_to(make_trainer, credit):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_metrics(make_trainer, level):
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_metrics(make_trainer, level, has_tools):
     batch = make_batch()
+    if has_tools:  # what a tool wrote is neither the policy's nor the teacher's
+        batch["tool_mask"] = torch.ones(B, T, dtype=torch.long)
+        batch["tool_mask"][:, 2:4] = 0
+        batch["teacher_mask"] &= batch["tool_mask"].bool()
     logps = make_logps(batch)
     trainer = make_trainer(logps, importance_sampling_level=level)
     trainer.model.train()

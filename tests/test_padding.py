@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_distributed import launch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_rlad import RLADTrainer
@@ -136,6 +136,55 @@ def test_passes_are_narrower_and_as_many(tmp_path, student_path, monkeypatch):
         train(RLADTrainer, student_path, tmp_path, trim_padding=trim_padding, beta=0.1, num_iterations=2)
     assert len(widths[True]) == len(widths[False]) == 3 * 8 + 5 * 4
     assert sum(widths[True]) < 0.7 * sum(widths[False])
+
+
+def test_widths_are_multiples_of_what_is_asked_for(tmp_path, student_path, monkeypatch):
+    widths = []
+    score = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def record(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        widths.append((input_ids.size(1) - logits_to_keep, logits_to_keep))
+        return score(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record)
+    train(RLADTrainer, student_path, tmp_path, pad_to_multiple_of=4, num_iterations=2)
+    assert all(prompt % 4 == completion % 4 == 0 for prompt, completion in widths)
+    assert (
+        len({prompt for prompt, _ in widths}) > 1 and len({completion for _, completion in widths}) > 3
+    )  # they are cut
+
+
+@pytest.fixture(scope="module")
+def moe_path(tmp_path_factory):
+    path, tokenizer = tmp_path_factory.mktemp("moe"), tiny.make_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=1,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_student_with_experts_keeps_the_rows_together_whose_load_is_balanced(moe_path, tmp_path):
+    expected = train(GRPOTrainer, moe_path, tmp_path)
+    weights = train(RLADTrainer, moe_path, tmp_path, trim_padding=True)
+    assert_equal_to_rounding(weights, expected, moe_path)
 
 
 def make_images(counts, sizes):

@@ -108,6 +108,24 @@ def test_nothing_to_compare_is_not_a_number():
     assert all(isnan(value) for name in ("gap", "discrimination", "contradicted_failed") for value in figures[name])
 
 
+def test_bounds_other_than_the_defaults_by_hand():
+    rewarded = rollout(0, 1.0, 1.0, [-1.0] * 3, [-1.3, -1.6, -9.0])  # gaps 0.3, 0.6 and 8
+    punished = rollout(0, 0.4, -1.0, [-2.0] * 2, [-1.6, -1.4])  # gaps -0.4 and -0.6
+    figures = report([rewarded, punished], success_reward=0.5, clip=0.5, epsilon_low=0.25, epsilon_high=0.2)
+    expected = {
+        "mean@1": 1 / 2,  # at a bound of 0 both would succeed
+        "beyond_clip": 3 / 5,  # 0.6, 8 and -0.6
+        "clip_high@0.3": 1.0,  # exp(0.7 * (0.3, 0.5, 0.5)) = 1.23, 1.42, 1.42
+        "clip_high@0.5": 2 / 3,  # exp(0.5 * ...) = 1.16, 1.28, 1.28
+        "clip_low@0.3": 1 / 2,  # exp(-0.7 * (0.4, 0.5)) = 0.756, 0.705
+        "clip_low@0.5": 0.0,  # exp(-0.5 * ...) = 0.82, 0.78
+    }
+    assert {name: figures[name].value for name in expected} == pytest.approx(expected)
+    unbounded = report([rewarded, punished], clip=None)
+    assert unbounded["beyond_clip"].value == 0.0
+    assert unbounded["clip_high@0.7"].value == 1 / 3  # exp(0.3 * (0.3, 0.6, 8)) = 1.09, 1.20, 11.02
+
+
 FIGURES = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0}
 
 
@@ -135,6 +153,7 @@ def test_advice(changes, before, in_the_loss):
 
 
 SCRIPT = """
+import json
 import sys
 import tiny
 from trl_rlad import RLADTrainer
@@ -143,11 +162,16 @@ def reward(prompts, completion_ids, **kwargs):  # some groups have no signal
     return [0.0 if "w5" in prompt else value for prompt, value in zip(prompts, tiny.reward(completion_ids))]
 
 
-student, teacher, output_dir = sys.argv[1:]
+student, teacher, *settings, output_dir = sys.argv[1:]
 served = {"teacher_server_urls": teacher} if teacher.startswith("http") else {}
 temperature = 1.0 if served else 0.8
 args = tiny.make_config(
-    output_dir, per_device_eval_batch_size=6, temperature=temperature, steps_per_generation=2, **served
+    output_dir,
+    per_device_eval_batch_size=6,
+    temperature=temperature,
+    steps_per_generation=2,
+    **served,
+    **(json.loads(settings[0]) if settings else {}),
 )
 trainer = RLADTrainer(student, reward, args, tiny.make_dataset(), teacher_model=None if served else teacher)
 trainer.generation_config.update(temperature=0.01)
@@ -189,7 +213,7 @@ def probe(tmp_path, capsys):
 
 
 def test_command(probe, student_path, teacher_path, tmp_path):
-    printed, figures = probe(student_path, teacher_path, options=["--sample_teacher"])
+    printed, figures = probe(student_path, teacher_path)
     assert (figures["prompts"], figures["completions"], figures["temperature"]) == (6, 24, 0.8)
     assert (
         "before 0.0" in printed and "discrimination" in printed and figures["advice"]["limits"].split()[0] in printed
@@ -208,9 +232,109 @@ def test_command(probe, student_path, teacher_path, tmp_path):
             logps = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
             assert rollout[name] == pytest.approx(logps[range(len(logps)), rollout["ids"]].tolist(), abs=1e-4)
         assert rollout["top1"] == (logps.argmax(-1) == torch.tensor(rollout["ids"])).tolist()
+        for entropy, row in zip(rollout["entropy"], logps, strict=True):
+            # The teacher's likeliest 20, of which the student doesn't know the padded ones, and one share for the rest
+            named = [row[id].exp().item() for id in row.topk(20).indices if id < 32]
+            assert entropy == pytest.approx(-sum(p * log(p) for p in [*named, 1.0 - sum(named)]), abs=1e-4)
         expected = 0.0 if "w5" in rollout["prompt"] else tiny.reward([rollout["ids"]])[0]
         assert rollout["reward"] == pytest.approx(expected)
-    assert 0.0 <= figures["teacher_accuracy"] <= 1.0 and figures["seconds"]["scoring"] > 0.0
+    assert "teacher_accuracy" not in figures and figures["seconds"]["scoring"] > 0.0
+
+
+def test_the_command_reports_by_the_settings_of_the_script(probe, student_path, teacher_path, tmp_path):
+    settings = {"epsilon": 0.1, "epsilon_high": 0.4, "teacher_log_ratio_clip": 0.7, "success_reward": 0.5}
+    printed, figures = probe(student_path, teacher_path, json.dumps(settings))
+    rollouts = pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()
+
+    def figures_by(success_reward=0.5, clip=0.7, epsilon_low=0.1, epsilon_high=0.4, eos_token_ids=(EOS,)):
+        expected = report(rollouts, success_reward, clip, epsilon_low, epsilon_high, eos_token_ids)
+        return {
+            name: pytest.approx(value._asdict(), abs=1e-4, nan_ok=True)
+            for name, value in expected.items()
+            if isinstance(value, Estimate)
+        }
+
+    # In JSON there is no NaN
+    written = {
+        name: {each: float("nan") if number is None else number for each, number in value.items()}
+        for name, value in figures.items()
+        if name in figures_by()
+    }
+    assert written == figures_by()
+    assert (figures["success_reward"], figures["teacher_log_ratio_clip"]) == (0.5, 0.7)
+    # Each setting makes a difference here
+    for other in ({"success_reward": 0.0}, {"clip": 1.0}, {"epsilon_low": 0.2}, {"epsilon_high": 0.28}):
+        assert written != figures_by(**other), other
+    assert not isnan(written["gap_eos"]["value"]) and isnan(figures_by(eos_token_ids=())["gap_eos"].expected["value"])
+    # And the table has them in a row with their name
+    gap = figures["gap"]
+    assert f"  gap {gap['value']:+.2f} {gap['low']:+.2f} to {gap['high']:+.2f}".split() in [
+        line.split()[:5] for line in printed.splitlines()
+    ]
+
+
+TAUGHT = """
+import sys
+import tiny
+from datasets import Dataset
+from trl_rlad import RLADTrainer
+
+student, teacher, every, output_dir = sys.argv[1:]
+
+
+def reward(prompts, completion_ids, **kwargs):  # 0.9 for w9, in one completion out of `every`; 0.3 is no success
+    return [0.9 if 13 in ids and i % int(every) == 0 else 0.3 for i, ids in enumerate(completion_ids)]
+
+
+args = tiny.make_config(output_dir, per_device_eval_batch_size=8, success_reward=0.5)
+data = Dataset.from_list([{"prompt": f"w20 w{i}"} for i in range(6)])
+RLADTrainer(student, reward, args, data, teacher_model=teacher).train()
+"""
+
+
+@pytest.fixture
+def save_answers(tmp_path):
+    """Save a model that answers w9 to prompts that end in some words, and else w8, at once. Returns its path."""
+
+    def save(name, right, vocab_size=32):
+        scores = torch.zeros(vocab_size, vocab_size)
+        scores[:, EOS] = 50.0
+        for i in range(6):
+            scores[4 + i, 4 + (9 if i in right else 8)] = 100.0
+        scores[:, 32:] = 200.0  # a padded vocabulary's rows, which nobody may sample
+        return tiny.save_table(tmp_path / name, scores)
+
+    return save
+
+
+def test_the_teacher_is_sampled_and_not_the_student(probe, save_answers, tmp_path):
+    (tmp_path / "train.py").write_text(TAUGHT)
+    student, teacher = save_answers("student", []), save_answers("teacher", range(6), vocab_size=40)
+    printed, figures = probe(student, teacher, "1", options=["--sample_teacher"])
+    assert figures["mean@1"]["value"] == 0.0 and figures["all_failed"]["value"] == 1.0
+    assert (figures["teacher_accuracy"], figures["teacher_rescues"]) == (1.0, 1.0)
+    assert "100% succeed; it answers 100% of those" in " ".join(printed.split())
+    # What is reported of the rollouts is still the student's
+    assert {tuple(r["ids"]) for r in pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()} == {(12, EOS)}
+
+
+def test_rescues_are_of_prompts_that_the_student_never_solves(probe, save_answers, tmp_path):
+    (tmp_path / "train.py").write_text(TAUGHT)
+    student, teacher = save_answers("student", [0, 2, 4]), save_answers("teacher", [0, 1, 2, 3, 4])
+    printed, figures = probe(student, teacher, "2", options=["--sample_teacher"])
+    # Half of the right completions are rewarded; the teacher solves 5 of 6 prompts, and 2 of 3 that the student doesn't
+    assert (figures["mean@1"]["value"], figures["pass@k"]["value"]) == (0.25, 0.5)
+    assert figures["teacher_accuracy"] == pytest.approx(5 / 12, abs=1e-4)
+    assert figures["teacher_rescues"] == pytest.approx(2 / 3, abs=1e-4)
+    assert "42% succeed; it answers 67% of those" in " ".join(printed.split())
+
+
+def test_nothing_to_rescue_is_not_a_number(probe, save_answers, tmp_path):
+    (tmp_path / "train.py").write_text(TAUGHT)
+    student, teacher = save_answers("student", range(6)), save_answers("teacher", [0, 1, 2])
+    printed, figures = probe(student, teacher, "1", options=["--sample_teacher"])
+    assert figures["mean@1"]["value"] == 1.0 and figures["teacher_rescues"] is None
+    assert figures["teacher_accuracy"] == 0.5 and "50% succeed;" not in " ".join(printed.split())
 
 
 def test_the_student_as_its_own_teacher(probe, student_path):

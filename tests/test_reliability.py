@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, MambaConfig, TrainerCallback, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, TrainerCallback, TrainerState
 
 from trl_rlad import RLADTrainer
 from trl_rlad.checkpoints import RunRecord, last_checkpoint
@@ -283,6 +283,13 @@ def test_a_torn_checkpoint_is_passed_over(student_path, teacher_path, tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(student_path, teacher_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -302,6 +309,27 @@ def test_another_teacher_is_refused(checkpoint, student_path, teacher_path, tmp_
         trainer = make_trainer(student_path, teacher, tmp_path, max_steps=3, **kwargs)
         with pytest.raises(ValueError, match=r"another teacher: .* delete .*rlad\.json"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_another_commit_of_the_teacher_is_refused(checkpoint, student_path, teacher_path, tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_path)
+    make_trainer(student_path, teacher, tmp_path, max_steps=3).train(str(checkpoint))  # the same, though an object now
+    teacher.config._commit_hash = "0123abc"
+    with pytest.raises(ValueError, match="another teacher: .*None.* and not .*'0123abc'"):
+        make_trainer(student_path, teacher, tmp_path, max_steps=3).train(str(checkpoint))
+
+
+def test_another_vocabulary_of_the_same_name_is_refused(student_path, tmp_path):
+    # The student's words are the same in both: only two that it doesn't know have changed places
+    kwargs = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    first, second = (
+        tiny.save_model(tmp_path / name / "teacher", 1, tiny.make_tokenizer([*tiny.WORDS, *more]), vocab_size=40)
+        for name, more in (("a", ["x", "y"]), ("b", ["y", "x"]))
+    )
+    make_trainer(student_path, first, tmp_path, **kwargs).train()
+    with pytest.raises(ValueError, match="another teacher"):
+        make_trainer(student_path, second, tmp_path, **kwargs | {"max_steps": 2}).train(resume_from_checkpoint=True)
+    make_trainer(student_path, first, tmp_path, **kwargs | {"max_steps": 2}).train(resume_from_checkpoint=True)
 
 
 def test_settings_that_are_objects_are_compared_as_they_were(student_path, teacher_path, tmp_path, caplog):

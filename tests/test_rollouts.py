@@ -1,13 +1,16 @@
 """What a run writes down of its rollouts and metrics, in every place where a user looks."""
 
 import re
+from math import exp, log
 from pathlib import Path
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer
 from trl_rlad.reports.metrics_table import MetricsTable
@@ -19,7 +22,7 @@ NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward"}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, student_path):
-    """A run of two steps on 16 rollouts each, with an evaluation after each, and its folder."""
+    """A run of two steps on 16 rollouts each, with an evaluation after the second, and its folder."""
     folder = tmp_path_factory.mktemp("run")
     # A teacher that ends its turns otherwise, and so has no say on the student's last token
     tokenizer = tiny.make_tokenizer(eos_token="<end>")
@@ -32,78 +35,137 @@ def run(tmp_path_factory, student_path):
         per_device_train_batch_size=16,
         max_steps=2,
         eval_strategy="steps",
-        eval_steps=1,
+        eval_steps=2,
         temperature=0.7,
         **NAMED,
     )
     data = tiny.make_dataset()
     trainer = RLADTrainer(student_path, tiny.reward, args, data, data.select(range(4)), teacher_model=teacher_path)
-    seen, inner = [], trainer.guide.guide
-
-    def watch(logps, old, batch):
-        guidance = inner(logps, old, batch)
-        seen.append((logps, old, guidance.anchor, batch))
-        return guidance
-
-    trainer.guide.guide = watch
     trainer.train()
-    return trainer, folder, seen
+    return trainer, folder
 
 
-def test_the_records_are_what_the_loss_compared(run):
-    trainer, folder, seen = run
-    records = [record for record in read_rollouts(folder) if record["step"] == 2]
+def logps_of(model, prompt, ids, temperature=1.0):
+    """Of all tokens in each place of a completion, by a model alone: `(T, V)`."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def test_the_records_are_what_the_models_say(run, student_path):
+    _, folder = run
+    records = [record for record in read_rollouts(folder) if record["step"] == 1]
     assert len(records) == 16 and [record["row"] for record in records] == list(range(16))
-    seen = [batch for batch in seen if "rollout" in batch[3]][-1:]  # the second step
-    rows = {number.item(): (logps[i], old[i], anchor[i], {k: v[i] for k, v in batch.items() if torch.is_tensor(v) and v.dim()})
-            for logps, old, anchor, batch in seen for i, number in enumerate(batch["rollout"])}  # fmt: skip
-    kinds = set()
+    student, teacher = map(AutoModelForCausalLM.from_pretrained, (student_path, folder / "teacher"))
+    tokenizer, kinds = tiny.make_tokenizer(), set()
+    rewards = [tiny.reward([record["ids"]])[0] for record in records]
     for record in records:
-        logps, old, anchor, batch = rows[record["row"]]
-        length = int(batch["completion_mask"].sum())
-        assert record["ids"] == batch["completion_ids"][:length].tolist() and record["group"] == record["row"] // 4
-        assert record["advantage"] == pytest.approx(batch["advantages"].item())
-        assert record["logps"] == pytest.approx(logps[:length].tolist())
-        for t in range(length):
-            has_say = bool(batch["teacher_mask"][t])
-            assert record["teacher_logps"][t] == (
-                pytest.approx(batch["teacher_per_token_logps"][t].item()) if has_say else None
-            )
-            ratio, policy_ratio = ((logps - other)[t].exp().item() for other in (anchor, old))
-            high, low = (record["advantage"] > 0, record["advantage"] < 0)
-            is_clipped = (high and ratio > 1.28) or (low and ratio < 0.8)
-            by_policy = (high and policy_ratio > 1.28) or (low and policy_ratio < 0.8)
-            expected = 0 if not is_clipped else 2 if by_policy else 1
-            assert record["clipped"][t] == expected
-            kinds.add(expected)
-        assert record["reward"] == pytest.approx(tiny.reward([record["ids"]])[0])
-    assert kinds == {0, 1}  # on the first update the policy is where it was
-    assert any(None in record["teacher_logps"] for record in records)
+        row, ids = record["row"], record["ids"]
+        assert record["group"] == row // 4 and record["reward"] == pytest.approx(rewards[row])
+        group = rewards[row // 4 * 4 : row // 4 * 4 + 4]
+        assert record["advantage"] == pytest.approx((rewards[row] - mean(group)) / (stdev(group) + 1e-4), abs=1e-3)
+        prompt = tokenizer(record["prompt"])["input_ids"]
+        mine, theirs = (
+            logps_of(model, prompt, ids, 0.7)[range(len(ids)), ids].tolist() for model in (student, teacher)
+        )
+        assert record["logps"] == pytest.approx(mine, abs=1e-4)
+        for t, id in enumerate(ids):
+            has_say = id != 1  # which ends the student's turn
+            assert record["teacher_logps"][t] == (pytest.approx(theirs[t], abs=1e-4) if has_say else None)
+            # On the first update the policy is where it was: the ratio is to the teacher alone, within a bound of 1
+            ratio = exp(0.5 * min(max(mine[t] - theirs[t], -1.0), 1.0)) if has_say else 1.0
+            is_clipped = ratio > 1.28 if record["advantage"] > 0.0 else record["advantage"] < 0.0 and ratio < 0.8
+            assert record["clipped"][t] == is_clipped
+            kinds.add((has_say, is_clipped))
+    assert kinds == {(True, True), (True, False), (False, False)}
+
+
+def mean_gap(record):
+    gaps = [s - t for s, t in zip(record["logps"], record["teacher_logps"], strict=True) if t is not None]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 def test_the_table_of_completions_has_the_mean_log_ratio(run):
-    _, folder, _ = run
-    table = pd.read_parquet(folder / "completions" / "completions_00002.parquet")
-    # The last evaluation has overwritten TRL's table of its step with rows of its own
-    assert table["teacher_log_ratio"].isna().all()
+    _, folder = run
+    first, second = (pd.read_parquet(folder / "completions" / f"completions_0000{step}.parquet") for step in (1, 2))
+    records = {record["row"]: record for record in read_rollouts(folder) if record["step"] == 1}
+    gaps = {row: gap for row, record in records.items() if (gap := mean_gap(record)) is not None}
+    assert len(gaps) >= 12 and len({round(gap, 2) for gap in gaps.values()}) >= 10
+    assert first["teacher_log_ratio"][list(gaps)].to_dict() == pytest.approx(gaps, abs=1e-3)
+    # The evaluation has overwritten TRL's table of its step with rows of its own
+    assert second["teacher_log_ratio"].isna().all()
 
 
-def test_the_column_follows_the_rows(make_trainer):
+def signal_by_length(prompts, completion_ids, **kwargs):
+    """None for prompts of two words."""
+    return [
+        0.0 if len(p.split()) == 2 else value for p, value in zip(prompts, tiny.reward(completion_ids), strict=True)
+    ]
+
+
+def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(tmp_path, student_path):
+    # A teacher so like the student that some rows have a negative mean
+    teacher_path = tiny.save_model(tmp_path / "teacher", seed=0, scale=0.33)
+    args = tiny.make_config(
+        tmp_path, log_completions=True, num_completions_to_print=0, max_steps=1, per_device_train_batch_size=32
+    )
+    RLADTrainer(student_path, signal_by_length, args, tiny.make_dataset(), teacher_model=teacher_path).train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    has_signal = [bool((table["advantage"][4 * group : 4 * group + 4] != 0.0).any()) for group in range(8)]
+    expected = [group for group in range(8) if has_signal[group]][:4]
+    assert expected != [0, 1, 2, 3] and sum(has_signal) > 4  # some are without signal, and some are too many
+    records = read_rollouts(tmp_path)
+    assert [(r["step"], r["group"], r["row"]) for r in records] == [
+        (1, group, 4 * group + i) for group in expected for i in range(4)
+    ]
+    tokenizer = tiny.make_tokenizer()
+    for record in records:
+        row = table.iloc[record["row"]]
+        assert record["prompt"] == row["prompt"]
+        assert tokenizer.decode(record["ids"], skip_special_tokens=True) == row["completion"]
+        assert "".join(record["tokens"]) == tokenizer.decode(record["ids"])
+        assert record["reward"] == pytest.approx(row["signal_by_length"])
+        assert record["advantage"] == pytest.approx(row["advantage"], abs=1e-4)
+        expected = pytest.approx(mean_gap(record) or float("nan"), abs=1e-3, nan_ok=True)
+        assert row["teacher_log_ratio"] == expected
+    assert (table["teacher_log_ratio"] < 0.0).any() and (table["teacher_log_ratio"] > 0.0).any()
+    # The teacher is asked where there is an advantage, of all groups
+    assert (table["teacher_log_ratio"].notna() == (table["advantage"] != 0.0)).all()
+
+
+def test_what_has_clipped_a_token_when_the_student_has_moved(make_trainer, student_path, teacher_path):
+    # Both steps are on the rollouts of the first, and the student has left its old policy in between
     trainer = make_trainer(
-        log_completions=True, num_completions_to_print=0, max_steps=1, per_device_train_batch_size=8
+        log_completions=True,
+        num_completions_to_print=0,
+        num_iterations=2,
+        max_steps=2,
+        per_device_train_batch_size=16,
+        save_strategy="steps",
+        save_steps=1,
+        alpha=0.5,
     )
     trainer.train()
-    table = pd.read_parquet(Path(trainer.args.output_dir) / "completions" / "completions_00001.parquet")
-    special = trainer.tokenizer.all_special_tokens
+    tokenizer, moved_path = tiny.make_tokenizer(), f"{trainer.args.output_dir}/checkpoint-1"
+    before, after, teacher = map(AutoModelForCausalLM.from_pretrained, (student_path, moved_path, teacher_path))
+    counts = {1: [0, 0, 0], 2: [0, 0, 0]}
     for record in read_rollouts(trainer.args.output_dir):
-        gaps = [s - t for s, t in zip(record["logps"], record["teacher_logps"], strict=True) if t is not None]
-        row = table.iloc[record["row"]]
-        assert row["completion"].split() == [text.strip() for text in record["tokens"] if text.strip() not in special]
-        if gaps:
-            assert row["teacher_log_ratio"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-3)
-        else:
-            assert pd.isna(row["teacher_log_ratio"])
-        assert row["advantage"] == pytest.approx(record["advantage"], abs=1e-4)
+        prompt = tokenizer(record["prompt"])["input_ids"]
+        models = (before, before if record["step"] == 1 else after, teacher)
+        ids = record["ids"]
+        old, now, theirs = (logps_of(model, prompt, ids)[range(len(ids)), ids].tolist() for model in models)
+        assert record["logps"] == pytest.approx(now, abs=1e-4)
+        for t, clipped in enumerate(record["clipped"]):
+            if record["teacher_logps"][t] is None:
+                assert clipped == 0
+                continue
+            assert record["teacher_logps"][t] == pytest.approx(theirs[t], abs=1e-4)
+            near = min(max(theirs[t], now[t] - 1.0), now[t] + 1.0)
+            ratios = exp(now[t] - (old[t] + near) / 2), exp(now[t] - old[t])
+            is_out = [ratio > 1.28 if record["advantage"] > 0 else ratio < 0.8 for ratio in ratios]
+            assert clipped == (0 if not is_out[0] else 2 if is_out[1] else 1)
+            counts[record["step"]][clipped] += 1
+    assert counts[1][1] and not counts[1][2] and all(counts[2])
 
 
 def test_no_file_without_being_asked(make_trainer):
@@ -137,7 +199,7 @@ def test_padding_is_left_out():
 def test_metrics_reach_tensorboard_by_their_documented_names(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer, folder, _ = run
+    trainer, folder = run
     events = EventAccumulator(str(next(folder.glob("runs/*"))))
     events.Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -152,7 +214,7 @@ def test_metrics_reach_tensorboard_by_their_documented_names(run):
 
 
 def test_gap_by_the_sign_of_the_advantage_and_what_the_teacher_names(run):
-    trainer, folder, _ = run
+    trainer, folder = run
     log = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
     records = [record for record in read_rollouts(folder) if record["step"] == 2]
     for name, sign in (("rewarded", 1), ("punished", -1)):
@@ -164,7 +226,29 @@ def test_gap_by_the_sign_of_the_advantage_and_what_the_teacher_names(run):
             if t is not None
         ]
         assert log[f"teacher/log_ratio_{name}"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
-    assert 0.0 < log["teacher/entropy"] < 3.7 and 0.0 <= log["teacher/top1"] <= 1.0  # log(40) = 3.69
+
+
+def test_entropy_and_top1_are_those_of_the_teacher_alone(run):
+    trainer, folder = run
+    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "teacher"), tiny.make_tokenizer()
+    # It names 8 tokens, and of these the student isn't told those at which either ends its turn, or that it doesn't know
+    shared = torch.tensor([id not in (1, 2) and id < 32 for id in range(40)])
+    for logged in (entry for entry in trainer.state.log_history if "reward" in entry):
+        entropies, is_top1 = [], []
+        for record in (record for record in read_rollouts(folder) if record["step"] == logged["step"]):
+            prompt, ids = tokenizer(record["prompt"])["input_ids"], record["ids"]
+            logps = logps_of(teacher, prompt, ids, 0.7)
+            for row, id, teacher_logp in zip(logps, ids, record["teacher_logps"], strict=True):
+                if teacher_logp is None:
+                    continue
+                named = row.topk(8).indices
+                named = named[shared[named]]
+                shares = row.exp()[named].tolist()
+                entropies.append(-sum(p * log(p) for p in [*shares, 1 - sum(shares)]))
+                is_top1.append(row.argmax().item() == id and shared[id].item())  # what isn't named isn't counted
+        assert logged["teacher/entropy"] == pytest.approx(mean(entropies), abs=1e-4)
+        assert logged["teacher/top1"] == pytest.approx(mean(is_top1), abs=1e-4)
+        assert 0 < sum(is_top1) < len(is_top1)
 
 
 def test_table_in_the_terminal(capsys):
@@ -184,3 +268,16 @@ def test_table_in_the_terminal(capsys):
     assert re.findall(r"Step \d of 4|reward +[\d.+ ]+\d", printed) == [
         "Step 2 of 4", "reward  1.500", "Step 4 of 4", "reward  4.500  +3.000"
     ]  # fmt: skip
+
+
+def test_advantages_are_recorded_as_the_reward_gave_them(make_trainer):
+    # Distillation takes them out of the loss, and not out of what is written down
+    trainer = make_trainer(
+        log_completions=True, num_completions_to_print=0, max_steps=1, distillation_fraction=1.0, num_generations=4
+    )
+    seen = tiny.watch_batches(trainer)
+    trainer.train()
+    ((batch, _),) = seen
+    records = read_rollouts(trainer.args.output_dir)
+    expected = [batch["advantages"][record["row"]].item() for record in records]
+    assert [record["advantage"] for record in records] == pytest.approx(expected) and any(expected)

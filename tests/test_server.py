@@ -3,7 +3,9 @@
 import atexit
 import logging
 import threading
+import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -135,6 +137,76 @@ def test_servers_share_the_load_and_stand_in_for_each_other(serve, teacher_path,
         assert_right(scorer, teacher_path, seed)
     servers[0].start(servers[0].port)
     assert_right(scorer, teacher_path, seed=3)
+
+
+def test_a_server_that_fails_is_not_asked_first_while_another_one_answers(serve, tmp_path):
+    servers = serve(), serve()
+    scorer, ids = make_scorer(tmp_path, *servers), torch.arange(4, 8)
+    servers[0].fault = status(500)
+    for _ in range(20):  # one after the other, so that both are idle and the first would be taken
+        future = scorer.teacher.submit(ids, ids)
+        wait([future], timeout=5)
+        assert future.done() or not future.cancel(), "it is asked in vain, over and over"
+        assert future.result().logps.shape == (4,)
+    assert [len(server.requests) for server in servers] == [1, 20]
+
+
+def wait_for(number, *servers):
+    """The requests that each server has, when so many are there."""
+    deadline = time.monotonic() + 5
+    while sum(len(server.requests) for server in servers) < number and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for those that are too many
+    return [len(server.requests) for server in servers]
+
+
+def count_at_once(servers, scorer, rows, number):
+    """The requests that each server has before any is answered, when it is scored, rightly, and so many are expected."""
+    batch, answering = make_batch(rows=rows, prompt=9), threading.Event()
+
+    def hold(handler, answer):
+        answering.wait(30)
+        right(handler, answer)
+
+    for server in servers:
+        server.fault = hold
+    with ThreadPoolExecutor(1) as pool:
+        scores = pool.submit(scorer.score, batch, batch["completion_mask"])
+        counts = wait_for(number, *servers)
+        answering.set()
+        assert torch.equal(scores.result()["teacher_mask"], batch["completion_mask"].bool())
+    return counts
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_server_has_32_requests_at_once(number, serve, tmp_path):
+    servers = [serve() for _ in range(number)]
+    assert count_at_once(servers, make_scorer(tmp_path, *servers), 80, 32 * number) == [32] * number
+
+
+def test_a_server_that_stands_in_for_another_one_has_32_requests_at_once(serve, tmp_path):
+    servers = serve(), serve()
+    scorer = make_scorer(tmp_path, *servers)
+    servers[1].fault = status(500)
+    assert count_at_once(servers[:1], scorer, 80, 32) == [32]
+
+
+@pytest.mark.parametrize("end", ["answered", "failed", "refused", "called back"])
+def test_what_has_come_to_an_end_is_not_under_way(end, serve, tmp_path):
+    servers = serve(), serve()
+    scorer, ids = make_scorer(tmp_path, *servers), torch.arange(4, 8)
+    faults = {"answered": right, "failed": status(500), "refused": status(400), "called back": stuck}
+    servers[0].faults = [faults[end]] * 7
+    asked = [scorer.teacher.submit(ids, ids, url=servers[0].url) for _ in range(7)]
+    if end == "called back":
+        wait_for(7, *servers)
+        assert all(future.cancel() for future in asked)
+    else:
+        assert all(isinstance(future.exception(), ValueError) == (end == "refused") for future in asked)
+    scorer.teacher.submit(ids, ids, url=servers[0].url).result()  # it is well again
+    servers[0].requests.clear()
+    # Each row goes to the server with the fewest requests: both have none, so they share
+    assert count_at_once(servers, scorer, 8, 8) == [4, 4]
 
 
 # Before training
@@ -325,19 +397,49 @@ def test_failure_raises_and_leaves_the_last_checkpoint(serve, student_path, tmp_
     assert files and not any(b"open-sesame" in path.read_bytes() for path in files)
 
 
+class Turns:
+    """Rewards of 0 and 1 in turn, so that every row has an advantage. Keeps how many different rows each batch has."""
+
+    __name__ = "reward"
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, prompts, completion_ids, **kwargs):
+        self.rows.append(len(set(zip(prompts, map(tuple, completion_ids), strict=True))))
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+
+def failed_rows(trainer):
+    return [log["teacher/failed_rows"] for log in trainer.state.log_history if "loss" in log]
+
+
 def test_failed_rows_train_with_grpo(serve, student_path, tmp_path, caplog):
-    server = serve()
+    server, reward = serve(), Turns()
     args = {"per_device_train_batch_size": 8, "max_steps": 3}
-    grpo = train(student_path, None, tiny.make_dataset(), tmp_path, alpha=1.0, **args)
+    grpo = train(student_path, None, tiny.make_dataset(), tmp_path, Turns(), alpha=1.0, **args)
     args = make_args(tmp_path, server.url, patience=0.3, on_teacher_failure="grpo", **args)
-    trainer = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+    trainer = RLADTrainer(student_path, reward, args, tiny.make_dataset())
     server.fault = status(500)
     trainer.train()
     for ours, theirs in zip(grpo.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    failed = [log["teacher/failed_rows"] for log in trainer.state.log_history if "loss" in log]
-    assert len(failed) == 3 and max(failed) > 0
+    assert len(reward.rows) == 3 and failed_rows(trainer) == reward.rows
     assert caplog.text.count("train without it") == 1
+
+
+def test_failed_rows_of_several_teachers_are_summed(serve, student_path, tmp_path):
+    servers, reward = {"one": serve(), "two": serve()}, Turns()
+    urls = {name: server.url for name, server in servers.items()}
+    settings = {"per_device_train_batch_size": 8, "max_steps": 3, "shuffle_dataset": False}
+    args = make_args(tmp_path, urls, patience=0.3, on_teacher_failure="grpo", **settings)
+    trainer = RLADTrainer(
+        student_path, reward, args, make_dataset(["one", "two"])
+    )  # of a batch's two groups, one each
+    for server in servers.values():
+        server.fault = status(500)
+    trainer.train()
+    assert min(reward.rows) > 4 and failed_rows(trainer) == reward.rows
 
 
 def test_some_failed_rows_leave_the_others_their_teacher(serve, student_path, teacher_path, tmp_path):

@@ -25,9 +25,25 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.model.parameters()]
 
 
-def test_the_coefficient_moves_in_a_straight_line(tmp_path, student_path, teacher_path):
-    trainer = train(student_path, teacher_path, tmp_path, alpha=1.0, teacher_kl_coef=0.4, teacher_kl_coef_final=0.0)
+MOVING = {"alpha": 1.0, "teacher_kl_coef": 0.4, "teacher_kl_coef_final": 0.0}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_coefficient_moves_in_a_straight_line(accumulation, tmp_path, student_path, teacher_path):
+    # With each update, of however many micro-batches; over an epoch as over a given number of steps
+    kwargs = {"gradient_accumulation_steps": accumulation, "max_steps": -1, "num_train_epochs": 1, **MOVING}
+    trainer = train(student_path, teacher_path, tmp_path, tiny.make_dataset(4 * accumulation), **kwargs)
     assert logged(trainer, "teacher/kl_coef") == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_resumed_run_has_its_coefficient(tmp_path, student_path, teacher_path):
+    kwargs = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2, **MOVING}
+    whole = train(student_path, teacher_path, tmp_path / "whole", **kwargs)
+    path = tmp_path / "whole" / "checkpoint-2"
+    resumed = train(student_path, teacher_path, tmp_path / "resumed", resume=path, **kwargs)
+    assert logged(whole, "teacher/kl_coef")[2:] == pytest.approx([0.2, 0.1])
+    for name in ("teacher/kl_coef", "teacher/kl", "loss"):
+        assert logged(resumed, name) == logged(whole, name), name
 
 
 def test_both_ends_of_the_line_are_exact(tmp_path):

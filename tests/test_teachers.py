@@ -1,5 +1,8 @@
 """The kinds of teacher within one process, and the set-ups that are refused."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,9 +10,18 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import LoraConfig, get_peft_model
-from test_teacher_scorer import make_batch, naive_scores
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BitsAndBytesConfig
+from hub_server import HubServer
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_teacher_scorer import assert_names, make_batch, naive_scores
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from trl_rlad import RLADTrainer
 from trl_rlad.teachers import LocalTeacher, create_teacher
@@ -69,6 +81,127 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, teacher_path):
     assert teacher.name == "adapter"
     torch.testing.assert_close(score(teacher, batch), expected, rtol=0, atol=1e-5)
     assert (expected - naive_scores(teacher_path, batch, 1.0)).abs().max() > 0.1
+
+
+def test_a_revision_is_asked_for_everywhere(tmp_path, teacher_path, monkeypatch):
+    # The calls are recorded, as folders have no revisions; those of a Hub, which need a process of their own, are below
+    asked = set()
+
+    def record(cls, position):
+        real = cls.from_pretrained.__func__
+
+        def from_pretrained(self, *args, **kwargs):
+            asked.add((cls.__name__, str(args[position]), kwargs.get("revision")))
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
+
+    adapter = str(tmp_path / "adapter")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(teacher_path), LORA)
+    adapted.peft_config["default"].revision = "v2"
+    adapted.save_pretrained(adapter)
+    tiny.make_tokenizer().save_pretrained(adapter)
+    for cls, position in ((PreTrainedModel, 0), (AutoConfig, 0), (AutoTokenizer, 0), (PeftModel, 1)):
+        record(cls, position)
+    for path in (teacher_path, adapter):
+        make_teacher(path, tmp_path, teacher_model_revision="v1")
+    assert all(revision for _, _, revision in asked) and asked >= {
+        ("AutoConfig", teacher_path, "v1"),
+        ("PreTrainedModel", teacher_path, "v1"),
+        ("AutoTokenizer", teacher_path, "v1"),
+        ("AutoConfig", teacher_path, "v2"),  # the adapter's base
+        ("PreTrainedModel", teacher_path, "v2"),
+        ("PeftModel", adapter, "v1"),
+        ("AutoTokenizer", adapter, "v1"),
+    }
+
+
+SCORE = """
+import sys
+
+import tiny
+import torch
+from accelerate import Accelerator
+from trl_rlad.teachers import LocalTeacher
+
+folder, *names = sys.argv[1:]
+results = {}
+for name in names:
+    args = tiny.make_config(folder, teacher_model_revision="v1")
+    teacher = LocalTeacher(name, args, Accelerator(cpu=True))
+    results[name] = teacher.score([torch.arange(4, 9)], [torch.arange(9, 15)])[0].logps, teacher.tokenizer("w0")
+torch.save(results, f"{folder}/results.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_revision_on_a_hub_is_that_of_weights_tokenizer_and_adapter(tmp_path, teacher_path):
+    # On `main` there are other weights, tokenizers and adapters, and `v1` of the adapter has `v2` of the base
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def save_adapter(seed, tokenizer, **kwargs):
+        base, folder = AutoModelForCausalLM.from_pretrained(teacher_path), tmp_path / f"adapter{seed}"
+        torch.manual_seed(seed)
+        config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False, **kwargs)
+        adapted = get_peft_model(base, config)
+        adapted.peft_config["default"].base_model_name_or_path = "tester/base"
+        adapted.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        adapted.merge_and_unload().save_pretrained(tmp_path / f"merged{seed}")
+        return files(folder)
+
+    reverse, right = tiny.make_tokenizer(tiny.WORDS[::-1]), tiny.make_tokenizer()
+    other = files(Path(tiny.save_model(tmp_path / "other", seed=3, tokenizer=reverse, hidden_size=24, vocab_size=40)))
+    with HubServer() as hub:
+        hub.repos |= {"tester/teacher": other, "tester/teacher@v1": files(Path(teacher_path))}
+        hub.repos |= {"tester/base": other, "tester/base@v2": files(Path(teacher_path))}
+        hub.repos["tester/adapter"] = save_adapter(0, reverse)
+        hub.repos["tester/adapter@v1"] = save_adapter(1, right, revision="v2")
+        env = hub.env(tmp_path / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", SCORE, str(tmp_path), "tester/teacher", "tester/adapter"]
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    ids = torch.arange(4, 15)[None]
+    for name, path in (("tester/teacher", teacher_path), ("tester/adapter", tmp_path / "merged1")):
+        logps, tokens = torch.load(tmp_path / "results.pt", weights_only=False)[name]
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(path)(ids).logits[0, 4:-1]
+        expected = logits.log_softmax(-1).gather(1, ids[0, 5:, None])[:, 0]
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+        assert tokens["input_ids"] == [4]
+
+
+def test_the_students_base_names_tokens_as_plain_passes_do(tmp_path, student_path):
+    # The student has dropout, and is in train mode when the teacher is asked
+    student = AutoModelForCausalLM.from_pretrained(student_path, attention_dropout=0.5)
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.5, init_lora_weights=False)
+    settings = {"alpha": 1.0, "teacher_kl_coef": 0.5, "teacher_kl": "forward", "teacher_top_k": 4}
+    args = tiny.make_config(tmp_path, temperature=0.7, per_device_train_batch_size=16, **settings)
+    options = {"peft_config": peft_config, "teacher_model": "base", "processing_class": tiny.make_tokenizer()}
+    trainer = RLADTrainer(student, tiny.reward, args, tiny.make_dataset(), **options)
+    trainer.model.train()
+    batch = trainer._prepare_inputs([tiny.make_dataset()[i] for i in range(4) for _ in range(4)])
+    assert trainer.model.training
+    assert_names(batch, student_path, batch, 4, temperature=0.7)
+
+
+def test_the_names_of_a_teacher_in_bfloat16(tmp_path, teacher_path):
+    AutoModelForCausalLM.from_pretrained(teacher_path).bfloat16().save_pretrained(tmp_path / "bf16")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "bf16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    teacher = make_teacher(str(tmp_path / "bf16"), tmp_path, temperature=0.7)
+    ids = torch.randint(4, 32, (1, 30), generator=torch.Generator().manual_seed(0))
+    scores = teacher.score([ids[0, :5]], [ids[0, 5:]], 40)[0]
+    with torch.no_grad():
+        states = model.model(ids).last_hidden_state[0, 4:-1]
+    logits = states.double() @ model.lm_head.weight.detach().double().T / 0.7
+    expected = logits.log_softmax(-1)
+    # The logits are rounded to bfloat16, to 2**-9 of their size and of the normalizer's; all that comes after them isn't
+    bound = 2**-8 * logits.abs().max().item()
+    torch.testing.assert_close(scores.top_logps.double(), expected.gather(1, scores.top_ids), rtol=0, atol=bound)
+    torch.testing.assert_close(scores.logps.double(), expected.gather(1, ids[0, 5:, None])[:, 0], rtol=0, atol=bound)
+    torch.testing.assert_close(scores.top_logps.double().exp().sum(-1), torch.ones(25).double(), rtol=0, atol=1e-5)
 
 
 def test_the_students_base_as_teacher(tmp_path, student_path):

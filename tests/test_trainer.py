@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+import twin
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -220,13 +221,19 @@ def test_lora_student(tmp_path, student_path, teacher_path):
 
 
 def test_evaluation_before_training(tmp_path, student_path, teacher_path):
+    # In groups of two, where training's are of four
+    reward, args = twin.Watcher(), tiny.make_config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
     dataset = tiny.make_dataset(8)
-    trainer = make_rlad(
-        student_path, tmp_path, teacher_path, eval_dataset=dataset, per_device_eval_batch_size=4, eval_strategy="steps",
-        eval_steps=5,
-    )  # fmt: skip
+    trainer = RLADTrainer(student_path, reward, args, dataset, dataset, teacher_model=teacher_path)
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] != 0 and metrics["eval_teacher/log_ratio"] != 0
+    assert len(reward.calls) == 4
+    models = twin.load(student_path), twin.load(teacher_path)
+    batches = [twin.log_of_step(rows, *models, group=2) for rows in reward.calls]
+    for name in ("loss", "teacher/clamped", "clip_ratio/high_by_teacher", "clip_ratio/low_by_teacher"):
+        expected = [batch[name] for batch in batches if name in batch]  # a batch may be without signal
+        assert metrics[f"eval_{name}"] == pytest.approx(sum(expected) / len(expected), abs=1e-4) and any(expected), (
+            name
+        )
     trainer.train()
     assert trainer.evaluate()["eval_teacher/scoring_time"] > 0  # after training too
 
@@ -283,15 +290,23 @@ def test_a_teacher_that_alpha_one_ignores_is_said_so(tmp_path, student_path, cap
 
 
 def test_evaluation_reports_pass_at_k(tmp_path, student_path, teacher_path):
-    def first_of_four(completions, **kwargs):  # of every second prompt
-        return [float(i % 8 == 0) for i in range(len(completions))]
+    # Groups of two, where training's are of four; 0.5 is no success
+    def every_second_group(completions, **kwargs):
+        return [1.0 if i % 4 < 2 else 0.5 for i in range(len(completions))]
 
-    config = tiny.make_config(tmp_path, num_generations_eval=4, per_device_eval_batch_size=8)
-    dataset = tiny.make_dataset(4)
+    config = tiny.make_config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=8, success_reward=0.5)
+    dataset, reward = tiny.make_dataset(4), twin.Watcher()
     trainer = RLADTrainer(
-        student_path, [tiny.reward, first_of_four], config, dataset, dataset, teacher_model=teacher_path
+        student_path, [reward, every_second_group], config, dataset, dataset, teacher_model=teacher_path
     )
     metrics = trainer.evaluate()
-    assert metrics["eval_rewards/first_of_four/pass@1"] == 1 / 8
-    assert metrics["eval_rewards/first_of_four/pass@4"] == 1 / 2
-    assert metrics["eval_rewards/reward/pass@4"] >= metrics["eval_rewards/reward/pass@1"] > 0
+    marks = [row["reward"] > 0.5 for rows in reward.calls for row in rows]
+    assert len(marks) == 8 and 0 < sum(marks) < 8
+    expected = {
+        "every_second_group/pass@1": 1 / 2,
+        "every_second_group/pass@2": 1 / 2,
+        "reward/pass@1": sum(marks) / 8,
+        "reward/pass@2": sum(map(any, zip(marks[::2], marks[1::2], strict=True))) / 4,
+    }
+    reported = {name: value for name, value in metrics.items() if "pass@" in name}
+    assert reported == {f"eval_rewards/{name}": pytest.approx(value) for name, value in expected.items()}

@@ -108,6 +108,10 @@ def test_clip_causes_tells_policy_from_teacher():
     causes = clip_causes(log_ratio, policy_log_ratio, torch.tensor([[-1.0]]), 0.2, 0.28)
     assert causes["low_by_policy"].int().tolist() == [[0, 0, 0, 1, 0, 0]]
     assert causes["low_by_teacher"].int().tolist() == [[0, 0, 0, 0, 0, 1]]
+    # The two bounds are not alike: 0.75 is below 1 - 0.2, and above 1 - 0.28
+    between = torch.tensor([[0.75]]).log()
+    causes = clip_causes(between, between, torch.tensor([[-1.0]]), 0.2, 0.28)
+    assert [name for name, mask in causes.items() if mask.any()] == ["low_by_policy"]
     nothing = clip_causes(log_ratio, policy_log_ratio, torch.tensor([[0.0]]), 0.2, 0.28)
     assert not any(mask.any() for mask in nothing.values())
 

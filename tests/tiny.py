@@ -149,6 +149,17 @@ def save_model(path, seed, tokenizer=None, **kwargs):
     return str(path)
 
 
+def save_table(path, scores):
+    """Save a model whose next token is by the last one alone: `scores` (V, V) are its logits, by the last and the next."""
+    model = make_model(0, vocab_size=len(scores), hidden_size=len(scores), scale=0.0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.eye(len(scores)))
+        model.get_output_embeddings().weight.copy_(scores.T / len(scores) ** 0.5)  # the last norm makes √V of the 1
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
 def make_dataset(size=32):
     # Prompts of one to four words, so that batches are ragged
     return Dataset.from_list(
@@ -163,6 +174,39 @@ def reward(completion_ids, **kwargs):
 
 async def async_reward(completion_ids, **kwargs):
     return reward(completion_ids)
+
+
+def expect_metrics(trainer):
+    """A list that gets what `teacher/log_ratio` and `teacher/kl` are to be at each loss, by a plain pass of the student."""
+    expected, compute_loss, args = [], trainer.compute_loss, trainer.args
+
+    def watched(model, batch, *rest, **kwargs):
+        inputs = {
+            name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if name in batch
+        }
+        inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        with torch.no_grad():
+            logits = model(**inputs).logits[:, -batch["completion_ids"].size(1) - 1 : -1].double()
+        logps = (logits / args.temperature).log_softmax(-1)
+        x = logps.gather(2, batch["completion_ids"][:, :, None])[:, :, 0] - batch["teacher_per_token_logps"]
+        if "teacher_top_ids" in batch:
+            teacher, student = batch["teacher_top_logps"].double(), logps.gather(2, batch["teacher_top_ids"])
+            p, q = (each.exp().where(teacher.isfinite(), 0.0) for each in (teacher, student))
+            rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
+            kl = (p * (teacher - student)).where(teacher.isfinite(), 0.0).sum(-1) + rest_p * (rest_p / rest_q).log()
+        else:
+            clip = args.teacher_log_ratio_clip or float("inf")
+            kl = torch.where(x.abs() < clip, x**2 / 2, clip * (x.abs() - clip / 2))
+        mask = batch["teacher_mask"]
+        rows = (
+            batch["teacher_kl_on"][:, None] if "teacher_kl_on" in batch and args.distillation_fraction == 0.0 else True
+        )
+        expected.append({"teacher/log_ratio": x[mask].mean().item(), "teacher/kl": kl[mask & rows].mean().item()})
+        return compute_loss(model, batch, *rest, **kwargs)
+
+    trainer.compute_loss = watched
+    return expected
 
 
 def make_config(output_dir, cls=RLADConfig, **kwargs):

@@ -42,7 +42,7 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 
 def describe_teacher(teacher: Teacher, temperature: float) -> dict[str, Any]:
-    """What tells one teacher from another: its name, commit on the Hub, vocabulary, and the temperature at which it scores."""
+    """What tells one teacher from another: its name, commit, vocabulary, and the temperature at which it scores."""
     vocabulary = teacher.tokenizer.get_vocab()
     tokens = "\0".join(sorted(vocabulary, key=vocabulary.__getitem__))
     return {
@@ -54,9 +54,7 @@ def describe_teacher(teacher: Teacher, temperature: float) -> dict[str, Any]:
 
 
 class RunRecord(TrainerCallback):
-    """
-    Writes the teachers, by name, and the objective of a run into each of its checkpoints, and compares them on resumption.
-    """
+    """Writes the teachers, by name, and the objective of a run into its checkpoints, to compare them on resumption."""
 
     file_name = "rlad.json"
 
@@ -75,18 +73,17 @@ class RunRecord(TrainerCallback):
             path.write_text(json.dumps(self.record, indent=2) + "\n")
 
     def compare(self, checkpoint: str):
-        """
-        Raises a `ValueError` if the checkpoint in a folder is of a run with another teacher, and warns if the settings differ. If
-        it has no record, nothing is known.
-        """
+        """Raises a `ValueError` if the checkpoint in a folder is of a run with another teacher, and warns if the
+        settings differ. If it has no record, nothing is known."""
         path = Path(checkpoint, self.file_name)
         if not path.exists():
             return
         before = json.loads(path.read_text())
         if before["teachers"] != self.record["teachers"]:
             raise ValueError(
-                f"{checkpoint} is of a run with another teacher: {before['teachers']}, and not {self.record['teachers']}. Take "
-                f"the same `teacher_model`. If another one is meant to go on from there, delete {path}."
+                f"{checkpoint} is of a run with another teacher: {before['teachers']}, and not "
+                f"{self.record['teachers']}. Take the same `teacher_model`. If another one is meant to go on from "
+                f"there, delete {path}."
             )
         changes = [
             f"`{name}` from {before['settings'].get(name)} to {value}"

@@ -13,7 +13,8 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None):
-    """Run a sub-command, which is imported only now: each is a module of `trl_rlad.commands` with a `main(arguments)`."""
+    """Run a sub-command, which is imported only now: each is a module of `trl_rlad.commands` with a
+    `main(arguments)`."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
         return import_module(f"trl_rlad.commands.{name}").main(rest)

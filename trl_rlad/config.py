@@ -138,8 +138,8 @@ class RLADConfig(GRPOConfig):
             difference between 0.3 and 0.7, and losses at 0.1 and 0.9 (Table 5).
         teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
             Bound on the absolute log-ratio between student and teacher, in nats, wherever the two are compared on a
-            sampled token: before it enters the likelihood ratio (Appendix B), and in the gradient of `"reverse"`. `None`, or
-            `inf` on the command line, applies no bound.
+            sampled token: before it enters the likelihood ratio (Appendix B), and in the gradient of `"reverse"`.
+            `None`, or `inf` on the command line, applies no bound.
         teacher_credit (`bool`, *optional*, defaults to `False`):
             Whether the teacher, instead of entering the ratio, shares out the credit: a rewarded token's advantage is
             multiplied by (anchor / old policy), a punished one's by its inverse, see `docs/trrd.md`. Not RLAD's form:
@@ -158,13 +158,14 @@ class RLADConfig(GRPOConfig):
         teacher_top_k (`int`, *optional*, defaults to `8`):
             Number of tokens that the teacher names at each position, with `teacher_kl="forward"`.
         teacher_kl_on (`str`, *optional*, defaults to `"all"`):
-            Where the divergence applies: `"all"`, or `"failed"`, the completions that failed (KDRL's mask by response).
+            Where the divergence applies: `"all"`, or `"failed"`, the completions that failed (KDRL's mask by
+            response).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward, the weighted sum of all reward functions, is higher than this.
         distillation_fraction (`float`, *optional*, defaults to `0.0`):
             Share of training, at its beginning, in which the student only imitates: the advantage is zero, and the
-            divergence from the teacher has the coefficient 1 on all completions. After that the teacher has the part that
-            `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation.
+            divergence from the teacher has the coefficient 1 on all completions. After that the teacher has the part
+            that `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation.
 
         > Where the teacher is
 
@@ -189,18 +190,19 @@ class RLADConfig(GRPOConfig):
             start and to answer.
         teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
             Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
-            teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed then,
-            unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
+            teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed
+            then, unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
         on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
-            What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"` trains
-            such rows without the teacher, until they are more than a tenth of all so far, and more than a thousand.
+            What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"`
+            trains such rows without the teacher, until they are more than a tenth of all so far, and more than a
+            thousand.
 
         > The student's passes
 
         trim_padding (`bool`, *optional*, defaults to `True`):
             Whether the student runs without the padding of the generation batch: within an optimizer step, rows of
-            similar lengths share a micro-batch, which is cut to the widest of them. It changes a step by rounding only.
-            `False` is TRL's way, bit for bit.
+            similar lengths share a micro-batch, which is cut to the widest of them. It changes a step by rounding
+            only. `False` is TRL's way, bit for bit.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], as in the paper:
@@ -249,8 +251,8 @@ class RLADConfig(GRPOConfig):
         super().__post_init__()
         if self.teacher_tokens_per_batch is None:
             self.teacher_tokens_per_batch = 1024 if self.device.type == "cpu" else 16384
-        with suppress(TypeError, json.JSONDecodeError):  # then it is no list of addresses, and refused below
-            if self.teacher_server_urls.startswith("["):
+        if isinstance(self.teacher_server_urls, str) and self.teacher_server_urls.startswith("["):
+            with suppress(json.JSONDecodeError):  # then it is no list of addresses, and refused below
                 self.teacher_server_urls = json.loads(self.teacher_server_urls)
         for name, holds, must, hint in RULES:
             if not holds(value := getattr(self, name)):
@@ -263,19 +265,20 @@ class RLADConfig(GRPOConfig):
         kwargs = self.teacher_model_init_kwargs or {}
         if kwargs.get("device_map") is not None:
             raise ValueError(
-                "`device_map` in `teacher_model_init_kwargs` can't be honoured: each process places its own teacher. To "
-                "spread it over several GPUs, launch with DeepSpeed and set `teacher_zero_stage=3`."
+                "`device_map` in `teacher_model_init_kwargs` can't be honoured: each process places its own teacher. "
+                "To spread it over several GPUs, launch with DeepSpeed and set `teacher_zero_stage=3`."
             )
         if kwargs.keys() & {"token", "use_auth_token"}:
             raise ValueError(
-                "A token in `teacher_model_init_kwargs` would be saved with the settings of the run. Log in with `hf auth "
-                "login`, or set the environment variable `HF_TOKEN`."
+                "A token in `teacher_model_init_kwargs` would be saved with the settings of the run. Log in with `hf "
+                "auth login`, or set the environment variable `HF_TOKEN`."
             )
         if "torch_dtype" in kwargs:
             raise ValueError("`torch_dtype` in `teacher_model_init_kwargs` is now called `dtype`.")
         if "revision" in kwargs and self.teacher_model_revision is not None:
             raise ValueError(
-                "The teacher has two revisions: name it in `teacher_model_revision` alone, which holds for its tokenizer too."
+                "The teacher has two revisions: name it in `teacher_model_revision` alone, which holds for its "
+                "tokenizer too."
             )
 
     def _check_servers(self):
@@ -285,19 +288,19 @@ class RLADConfig(GRPOConfig):
             parts = urlsplit(url) if isinstance(url, str) else None
             if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError(
-                    "`teacher_server_urls` must be an address such as 'http://localhost:8000', a list of them, or a dictionary "
-                    f"of either by name, but has {url!r}."
+                    "`teacher_server_urls` must be an address such as 'http://localhost:8000', a list of them, or a "
+                    f"dictionary of either by name, but has {url!r}."
                 )
             if parts.username is not None or parts.query:
                 raise ValueError(
-                    "A key in `teacher_server_urls` would be saved with the settings of the run. Set the environment variable "
-                    "`VLLM_API_KEY` instead."
+                    "A key in `teacher_server_urls` would be saved with the settings of the run. Set the environment "
+                    "variable `VLLM_API_KEY` instead."
                 )
         if self.temperature != 1.0:
             raise ValueError(
-                f"With `temperature={self.temperature}` a teacher behind one of `teacher_server_urls` would be wrong, as vLLM "
-                "returns the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, or load the teacher here, "
-                "as `teacher_model`."
+                f"With `temperature={self.temperature}` a teacher behind one of `teacher_server_urls` would be wrong, "
+                "as vLLM returns the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, or load "
+                "the teacher here, as `teacher_model`."
             )
 
     def _check_together(self):
@@ -309,8 +312,8 @@ class RLADConfig(GRPOConfig):
             )
         if 0.0 < self.distillation_fraction < 1.0 and self.lr_scheduler_type not in CONSTANT_RATES:
             self._warn(
-                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` lets the learning rate decay over all of training, "
-                "which leaves little of it for the reward after distillation. Set "
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` lets the learning rate decay over all of "
+                "training, which leaves little of it for the reward after distillation. Set "
                 '`lr_scheduler_type="constant_with_warmup"`.'
             )
         names = ("teacher_kl", "teacher_kl_on", "teacher_top_k") if not self.objective.has_kl else ()
@@ -327,9 +330,9 @@ class RLADConfig(GRPOConfig):
             and self.save_steps * self.gradient_accumulation_steps % steps_of_rollouts
         ):
             self._warn(
-                f"Checkpoints after every {self.save_steps:g} steps (`save_steps`) fall into the use of a generation batch, "
-                "which they don't hold: a resumed run draws new rollouts, and isn't the same. Choose a multiple of "
-                f"{steps_of_rollouts / gcd(steps_of_rollouts, self.gradient_accumulation_steps):g}."
+                f"Checkpoints after every {self.save_steps:g} steps (`save_steps`) fall into the use of a generation "
+                "batch, which they don't hold: a resumed run draws new rollouts, and isn't the same. Choose a "
+                f"multiple of {steps_of_rollouts / gcd(steps_of_rollouts, self.gradient_accumulation_steps):g}."
             )
 
     @staticmethod
@@ -338,7 +341,8 @@ class RLADConfig(GRPOConfig):
 
     @property
     def teacher_servers(self) -> dict[str, list[str]]:
-        """Addresses of the servers of each teacher that is behind some, by name, which is empty for a single teacher."""
+        """Addresses of the servers of each teacher that is behind some, by name, which is empty for a single
+        teacher."""
         by_name: Any = self.teacher_server_urls or {}
         by_name = by_name if isinstance(by_name, dict) else {"": by_name}
         lists = {name: each if isinstance(each, list) else [each] for name, each in by_name.items()}

@@ -7,8 +7,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     r"""
     Estimate the probability that at least one of `k` samples is correct, from `num_samples` of them.
 
-    It is the share of all subsets of size `k` that have a correct sample in them, \\( 1 - \binom{n-c}{k} / \binom{n}{k} \\),
-    which is unbiased ([Chen et al., 2021](https://huggingface.co/papers/2107.03374)). With `k=1` it is the mean.
+    It is the share of all subsets of size `k` that have a correct sample in them, \\( 1 - \binom{n-c}{k} /
+    \binom{n}{k} \\), which is unbiased ([Chen et al., 2021](https://huggingface.co/papers/2107.03374)). With `k=1` it
+    is the mean.
 
     Args:
         num_samples (`int`):

@@ -1,4 +1,5 @@
-"""The LM head on hidden states that are known already: the likeliest tokens of a teacher, and chosen tokens of a student."""
+"""The LM head on hidden states that are known already: the likeliest tokens of a teacher, and chosen tokens of a
+student."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ class LMHead:
     """
     Log-probabilities from hidden states, at a temperature, for more than one token at each position.
 
-    It follows the model's LM head: its bias, scale and soft-capping, its place under ZeRO-3 and FSDP2. Both methods must
-    be called by all processes at once if the model is sharded.
+    It follows the model's LM head: its bias, scale and soft-capping, its place under ZeRO-3 and FSDP2. Both methods
+    must be called by all processes at once if the model is sharded.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -35,10 +36,8 @@ class LMHead:
 
     @contextmanager
     def on_hidden_states(self, function: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        """
-        Within the context, call `function` with the last hidden states `(B, L, H)` of each forward pass. It is called
-        inside of the model's forward, the only place where the LM head of a sharded model can be had.
-        """
+        """Within the context, call `function` with the last hidden states `(B, L, H)` of each forward pass. It is
+        called inside of the model's forward, the only place where the LM head of a sharded model can be had."""
         handle = self.model.base_model.register_forward_hook(
             lambda module, args, output: function(output.last_hidden_state)
         )
@@ -64,8 +63,8 @@ class LMHead:
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
-                `float32` log-probabilities `(N,)` of the labels, the ids `(N, k)` of the likeliest tokens, the likeliest
-                first, and their `float32` log-probabilities `(N, k)`, in nats.
+                `float32` log-probabilities `(N,)` of the labels, the ids `(N, k)` of the likeliest tokens, the
+                likeliest first, and their `float32` log-probabilities `(N, k)`, in nats.
         """
         with self._parameters() as (weight, bias):
             k = min(k, len(weight))
@@ -82,8 +81,8 @@ class LMHead:
 
     def log_ratios(self, hidden_states: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """
-        How much likelier some tokens are than a given one. It takes k + 1 rows of the LM head for each position, and no
-        second pass over the vocabulary: the normalizer drops out.
+        How much likelier some tokens are than a given one. It takes k + 1 rows of the LM head for each position, and
+        no second pass over the vocabulary: the normalizer drops out.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(N, H)`):
@@ -94,8 +93,8 @@ class LMHead:
                 The tokens.
 
         Returns:
-            `torch.Tensor` of shape `(N, k)`, `float32`: log p(id) - log p(label) in nats, differentiable with respect to the
-            hidden states and the LM head.
+            `torch.Tensor` of shape `(N, k)`, `float32`: log p(id) - log p(label) in nats, differentiable with respect
+            to the hidden states and the LM head.
         """
         rows = torch.cat([labels[:, None], ids], dim=1)
         with self._parameters() as (weight, bias):
@@ -121,7 +120,8 @@ class LMHead:
 
 class _SomeLogits(torch.autograd.Function):
     """
-    The logits `(N, k)` of the tokens `ids` `(N, k)`, in `float32`, from states `(N, H)` and the LM head's weight `(V, H)`.
+    The logits `(N, k)` of the tokens `ids` `(N, k)`, in `float32`, from states `(N, H)` and the LM head's weight `(V,
+    H)`.
 
     What autograd would keep, a row of the weight for each token, is `(N, k, H)`: here it is looked up again.
     """

@@ -35,10 +35,9 @@ def write_model_card(
     hub_model_id: str | None,
     paper: dict[str, str],
 ):
-    """
-    Write the card of a student in the place of TRL's, a `README.md` in `args.output_dir`, of which only the metadata is kept.
-    `teachers` are described as by [`~trl_rlad.checkpoints.describe_teacher`]. Where there is matplotlib, training is drawn.
-    """
+    """Write the card of a student in the place of TRL's, a `README.md` in `args.output_dir`, of which only the
+    metadata is kept. `teachers` are described as by [`~trl_rlad.checkpoints.describe_teacher`]. Where there is
+    matplotlib, training is drawn."""
     log_history, path = state.log_history, Path(str(args.output_dir), "README.md")
     data = ModelCard.load(path).data
     values = args.to_dict()
@@ -79,7 +78,7 @@ def name_teacher(teacher: dict[str, Any], revision: str | None) -> str:
 
 
 def tabulate(log_history: list[dict[str, Any]]) -> list[list[str]]:
-    """The first and the last evaluation on each dataset, as the rows of a table below its heading; empty if there is none."""
+    """The first and the last evaluation on each dataset, as the rows of a table, its heading first; or nothing."""
     logs: dict[str, list[dict[str, Any]]] = {}
     for log in log_history:
         for name in (re.fullmatch("eval_(?:(.+)_)?runtime", key) for key in log):
@@ -99,7 +98,8 @@ def tabulate(log_history: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
-    """Draw the reward, and what the teacher has to say, over the steps. Returns the picture's name, if there is one."""
+    """Draw the reward, and what the teacher has to say, over the steps. Returns the picture's name, if there is
+    one."""
     names = ("reward", "teacher/log_ratio", "teacher/kl")
     curves = {name: [(log["step"], log[name]) for log in log_history if log.get(name) is not None] for name in names}
     curves = {name: points for name, points in curves.items() if len(points) > 1}
@@ -122,11 +122,11 @@ def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
 
 
 def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None:
-    """A command line as it may be shown: without secrets, addresses of servers and local folders. `None` where there is no script."""
+    """A command line without secrets, addresses of servers and local folders. `None` where there is no script."""
     if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
         return None
     line = shlex.join(arguments)
-    for secret in filter(None, secrets):
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may begin with another
         line = line.replace(secret, "***")
     line = re.sub(r"(?i)(--\S*(?:token|secret|password|api_key)[= ])\S+", r"\1***", line)
     line = re.sub(r"\bhf_\w{8,}", "***", line)

@@ -71,8 +71,8 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     Cut items into micro-batches of at most `budget` tokens, padding counted. One that is longer goes by itself.
 
-    Of all ways to cut the items, sorted by length, it is the one with the fewest tokens, where each micro-batch counts as a
-    sixteenth of the budget more: what starting it costs.
+    Of all ways to cut the items, sorted by length, it is the one with the fewest tokens, where each micro-batch counts
+    as a sixteenth of the budget more: what starting it costs.
 
     Returns:
         `list[list[int]]`: indices, the longest first.
@@ -94,8 +94,9 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def cut_shared(prompt_length: int, completion_lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
-    Cut completions of one prompt, which runs once for each micro-batch, into micro-batches of at most `budget` tokens that
-    run. Those that are kept on the key-value cache, one copy of the prompt for each completion, may be eight times as many.
+    Cut completions of one prompt, which runs once for each micro-batch, into micro-batches of at most `budget` tokens
+    that run. Those that are kept on the key-value cache, one copy of the prompt for each completion, may be eight
+    times as many.
 
     Returns:
         `list[list[int]]`: indices, the longest completion first.
@@ -113,8 +114,8 @@ def micro_batches(
     """
     Cut items into micro-batches of `rows` of similar lengths, moving none out of its window.
 
-    Prompts are padded on the left and completions on the right, so a micro-batch is as wide as its longest prompt and its
-    longest completion together. Completions vary more: they are what is sorted by.
+    Prompts are padded on the left and completions on the right, so a micro-batch is as wide as its longest prompt and
+    its longest completion together. Completions vary more: they are what is sorted by.
 
     Args:
         prompt_lengths (`Sequence[int]`), completion_lengths (`Sequence[int]`):

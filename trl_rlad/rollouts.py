@@ -45,8 +45,8 @@ def describe_rollouts(
             Which rows. `None` takes all.
 
     Returns:
-        `list[dict]`: with `prompt`, `ids`, `tokens` (a text for each id), and the columns: a number or a list of one for each
-        token, `None` for NaN.
+        `list[dict]`: with `prompt`, `ids`, `tokens` (a text for each id), and the columns: a number or a list of one
+        for each token, `None` for NaN.
     """
     prompts, completions = (
         [ids[mask.bool()].tolist() for ids, mask in zip(batch[f"{part}_ids"], batch[f"{part}_mask"], strict=True)]
@@ -77,8 +77,8 @@ def log_ratios(record: dict) -> list[float | None]:
 
 class RolloutLog(TrainerCallback):
     """
-    Writes with `log_completions`, beside TRL's tables, what student and teacher make of each token of a few groups, for
-    `trl-rlad view`; and gives those tables a column `teacher_log_ratio`.
+    Writes with `log_completions`, beside TRL's tables, what student and teacher make of each token of a few groups,
+    for `trl-rlad view`; and gives those tables a column `teacher_log_ratio`.
 
     The groups are the first ones with signal of the last generation batch, those of the main process. They go to
     `rollouts/rollouts_STEP.parquet` in the run's folder, one row for each completion: see [`describe_rollouts`].
@@ -99,7 +99,8 @@ class RolloutLog(TrainerCallback):
         self.records: dict[int, dict] = {}  # of the chosen ones
 
     def choose(self, batch: dict, rewards: torch.Tensor) -> dict:
-        """Number the rows of a generation batch, `rollout`, and choose what is to be kept. `rewards` are of shape `(B,)`."""
+        """Number the rows of a generation batch, `rollout`, and choose what is to be kept. `rewards` are of shape
+        `(B,)`."""
         self._forget()
         if not self.trainer.model.training:  # its rows are in TRL's table now, which has no place for others
             return batch

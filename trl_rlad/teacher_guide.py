@@ -211,10 +211,8 @@ class TeacherGuide(Guide):
 
 
 def describe_naming(batch: dict, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    How the teacher names: its `entropy` in nats, and whether the sampled token is its likeliest, `top1`, `float32` of shape
-    `(B, T)`, meant where the teacher has scored.
-    """
+    """How the teacher names: its `entropy` in nats, and whether the sampled token is its likeliest, `top1`, `float32`
+    of shape `(B, T)`, meant where the teacher has scored."""
     top_ids, top_logps = scores["teacher_top_ids"][..., 0], scores["teacher_top_logps"]
     is_top1 = (top_ids == batch["completion_ids"]) & top_logps[..., 0].isfinite()
     return {"entropy": named_entropy(top_logps), "top1": is_top1.float()}
@@ -226,6 +224,7 @@ def read_weights(values: Iterable[float | None]) -> torch.Tensor:
     if not ((weights >= 0.0) & (weights <= 1.0)).all():
         wrong = weights[~((weights >= 0.0) & (weights <= 1.0))][0].item()
         raise ValueError(
-            f"The dataset's column `teacher_weight` must be in [0, 1] (0: GRPO, 1: the teacher in full), but has {wrong}."
+            "The dataset's column `teacher_weight` must be in [0, 1] (0: GRPO, 1: the teacher in full), but has "
+            f"{wrong}."
         )
     return weights

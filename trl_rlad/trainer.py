@@ -62,8 +62,8 @@ class RLADTrainer(GuidedGRPOTrainer):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
             the base model of a student that trains an adapter. It must give the student's token ids the student's
             meaning. Of several teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
-            Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and may
-            be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
+            Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and
+            may be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
 
     Raises:
         `TypeError`: if `args` is not an [`RLADConfig`], or `teacher_model` is neither a name nor a model.
@@ -81,7 +81,8 @@ class RLADTrainer(GuidedGRPOTrainer):
         "citation": textwrap.dedent("""\
             @article{zhang2026rlad,
                 title        = {{Reinforcement-aware Knowledge Distillation for LLM Reasoning}},
-                author       = {Zhaoyang Zhang and Shuli Jiang and Yantao Shen and Yuting Zhang and Dhananjay Ram and Shuo Yang and Zhuowen Tu and Wei Xia and Stefano Soatto},
+                author       = {Zhaoyang Zhang and Shuli Jiang and Yantao Shen and Yuting Zhang and Dhananjay Ram and
+                                Shuo Yang and Zhuowen Tu and Wei Xia and Stefano Soatto},
                 year         = 2026,
                 eprint       = {arXiv:2602.22495},
             }"""),
@@ -139,8 +140,8 @@ class RLADTrainer(GuidedGRPOTrainer):
                 check_teacher_ids(dataset, teachers)
             elif teachers and "teacher_id" in dataset.column_names:
                 logger.warning(
-                    "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass `teacher_model` as "
-                    "a dictionary of them by name."
+                    "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass "
+                    "`teacher_model` as a dictionary of them by name."
                 )
         if isinstance(self.train_dataset, Dataset) and "teacher_weight" in self.train_dataset.column_names:
             read_weights(self.train_dataset["teacher_weight"])
@@ -214,14 +215,14 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
     teachers: dict[str, Any] = {**dict.fromkeys(servers), **by_name}
     if "" in teachers and len(teachers) > 1:
         raise ValueError(
-            "Of `teacher_model` and `teacher_server_urls` one has several teachers by name, and the other has none of these "
-            "names. Pass both as dictionaries."
+            "Of `teacher_model` and `teacher_server_urls` one has several teachers by name, and the other has none of "
+            "these names. Pass both as dictionaries."
         )
     if not args.needs_teacher:
         if teachers:
             logger.warning(
-                "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`, RLAD is GRPO and needs no teacher: "
-                "`teacher_model` is not loaded, and the settings of the teacher have no effect."
+                "With `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`, RLAD is GRPO and needs no "
+                "teacher: `teacher_model` is not loaded, and the settings of the teacher have no effect."
             )
         return {}
     if not servers and teacher_model in (None, "", {}):

@@ -4,14 +4,14 @@ Make the teacher and the mistaken student of the miniature example, from scratch
     python examples/mini/make_models.py
     python examples/mini/make_models.py --comparison --output_dir somewhere
 
-The teacher learns worked solutions of knights-and-knaves puzzles (see `examples/tasks/mini.py`) by next-token prediction. The
-student is the teacher trained on to misread `A | C` as "at least one is a knave". So it is confidently wrong on most
-puzzles with that operator, two in five of all, and about as good as the teacher on the others.
+The teacher learns worked solutions of knights-and-knaves puzzles (see `examples/tasks/mini.py`) by next-token
+prediction. The student is the teacher trained on to misread `A | C` as "at least one is a knave". So it is confidently
+wrong on most puzzles with that operator, two in five of all, and about as good as the teacher on the others.
 
 The second line makes three more for `benchmarks/comparison.py`, in a minute or two. The flawed teacher is the teacher
-trained on to misread `A & C` as "both are knaves". The hasty student is the teacher trained on to call an assignment `ok`,
-nine times in ten, although somebody contradicts it: it has the knowledge, and hardly ever shows it. The sheltered student
-is small and has no bad habit, but has hardly seen two of the four operators.
+trained on to misread `A & C` as "both are knaves". The hasty student is the teacher trained on to call an assignment
+`ok`, nine times in ten, although somebody contradicts it: it has the knowledge, and hardly ever shows it. The
+sheltered student is small and has no bad habit, but has hardly seen two of the four operators.
 """
 
 import argparse

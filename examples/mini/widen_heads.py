@@ -3,8 +3,8 @@ Save the mini teacher with attention heads of 32 numbers instead of 16, of which
 
     python examples/mini/widen_heads.py outputs/teacher
 
-It computes the same. The new numbers are zeros, put where a head's frequencies of rotation stay what they are: number i of
-a half goes to 2i, as theta^(-2i/16) = theta^(-2(2i)/32).
+It computes the same. The new numbers are zeros, put where a head's frequencies of rotation stay what they are: number
+i of a half goes to 2i, as theta^(-2i/16) = theta^(-2(2i)/32).
 """
 
 import sys

@@ -148,7 +148,7 @@ def correctness_reward(completions: list[str], solution: list[str], **kwargs) ->
 
 
 def load_mini(train_size: int, eval_size: int = 0, seed: int = 0, task_kwargs: dict | None = None) -> Task:
-    """Make the task. Of `task_kwargs` there is one, `n_people`, a list of some of 2, 3 and 4; by default all of them."""
+    """Make the task. Its one setting is `n_people`, a list of some of 2, 3 and 4; by default all of them."""
     task_kwargs = task_kwargs or {}
     n_people = task_kwargs.get("n_people", [2, 3, 4])
     if task_kwargs.keys() - {"n_people"} or not isinstance(n_people, list) or not {2, 3, 4} >= set(n_people) > set():

@@ -1,8 +1,8 @@
 """
 Turns any task of [reasoning-gym](https://github.com/open-thought/reasoning-gym) into one of ours.
 
-Some of its scorers evaluate the model's answer as Python, so all but that of `knights_knaves`, which is scored here, run in
-processes apart, see `sandbox.py`.
+Some of its scorers evaluate the model's answer as Python, so all but that of `knights_knaves`, which is scored here,
+run in processes apart, see `sandbox.py`.
 """
 
 import random

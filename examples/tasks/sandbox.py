@@ -1,9 +1,10 @@
 """
-Scores answers with reasoning-gym's own scorers, in processes apart: some of them evaluate as Python what the model wrote.
+Scores answers with reasoning-gym's own scorers, in processes apart: some of them evaluate as Python what the model
+wrote.
 
-Code in an answer finds an empty environment and home, no network where the kernel lets a process leave it, no files but
-those of Python, no further processes, bounded memory, and a few seconds. Python's audit hooks, which see to most of this, are
-no wall against an attacker who knows them: on a machine with something to lose, train in a container.
+Code in an answer finds an empty environment and home, no network where the kernel lets a process leave it, no files
+but those of Python, no further processes, bounded memory, and a few seconds. Python's audit hooks, which see to most
+of this, are no wall against an attacker who knows them: on a machine with something to lose, train in a container.
 """
 
 import ctypes

@@ -12,7 +12,8 @@ class Task(NamedTuple):
 
     Attributes:
         train_dataset (`Dataset`):
-            Puzzles to train on, with the columns `prompt`, `difficulty` (may be empty) and those that the reward reads.
+            Puzzles to train on, with the columns `prompt`, `difficulty` (may be empty) and those that the reward
+            reads.
         eval_dataset (`Dataset`):
             Held-out puzzles, with the same columns.
         reward (`Callable`):

@@ -13,8 +13,8 @@ def loss_is_patched(problem: str) -> RuntimeError:
     """The error of a step that would leave the teacher out of the loss, though it is to be in it."""
     return RuntimeError(
         f"This would not be training with a teacher: {problem}. Likely causes are a library that patches TRL (such as "
-        "Unsloth), a mixin with a loss of its own, or a TRL newer than those tried. Train without it, or set `alpha=1.0` "
-        "without a `teacher_kl_coef` or `distillation_fraction`."
+        "Unsloth), a mixin with a loss of its own, or a TRL newer than those tried. Train without it, or set "
+        "`alpha=1.0` without a `teacher_kl_coef` or `distillation_fraction`."
     )
 
 
@@ -38,14 +38,14 @@ class _Watched(dict):
         return super().get(key, default)
 
 
-# TRL adds `self.beta * per_token_kl` to the loss of each token, before it averages over tokens in the way of the loss type
-# (there are five ways). This is the one place where a term of ours is averaged as TRL averages, without a copy of its code.
-# So for the length of one call `self.beta` is a number that
+# TRL adds `self.beta * per_token_kl` to the loss of each token, before it averages over tokens in the way of the loss
+# type (there are five ways). This is the one place where a term of ours is averaged as TRL averages, without a copy of
+# its code. So for the length of one call `self.beta` is a number that
 # - is never equal to 0, since TRL leaves the product out then, whatever `beta` is;
-# - multiplies the KL from the reference model by the user's `beta` (and a weight, see `LossCall._correct_reference_kl`), and
-#   adds the penalty to the product.
-# TRL reads `ref_per_token_logps` then, and logs a metric `kl`, also where there is no reference model: `LossCall` gives it
-# a reference that is the student itself, at a KL of 0, and takes the metric back.
+# - multiplies the KL from the reference model by the user's `beta` and a weight (`LossCall._correct_reference_kl`);
+# - adds the penalty to this product.
+# TRL then reads `ref_per_token_logps` and logs a metric `kl`, also where there is no reference model: `LossCall` gives
+# it a reference that is the student itself, at a KL of 0, and takes the metric back.
 class _Beta(float):
     weight: torch.Tensor | float = 1.0
     penalty: torch.Tensor | float = 0.0
@@ -63,9 +63,9 @@ class LossCall:
     """
     What [`Guidance`] substitutes in one call of TRL's loss on a micro-batch, `inputs`.
 
-    There are two copies of it, as TRL hands out the same buffered dict again with several iterations or accumulation steps:
-    `batch` is ours, to read and to write into, and `watched` is TRL's alone, so that what is read there, TRL has read. The
-    trainer's `beta` and `args.use_bias_correction_kl` may be replaced until `restore` is called.
+    There are two copies of it, as TRL hands out the same buffered dict again with several iterations or accumulation
+    steps: `batch` is ours, to read and to write into, and `watched` is TRL's alone, so that what is read there, TRL
+    has read. The trainer's `beta` and `args.use_bias_correction_kl` may be replaced until `restore` is called.
     """
 
     def __init__(self, trainer: Any, inputs: dict):
@@ -83,8 +83,8 @@ class LossCall:
             self.watched.setdefault("ref_per_token_logps", per_token_logps.detach())
             self._replace_beta().penalty = guidance.penalty
         if guidance.anchor is not None:
-            # The off-policy mask asks how far the policy has drifted, not how far the teacher is. TRL reads it only if that
-            # mask is on, so it is unwatched.
+            # The off-policy mask asks how far the policy has drifted, not how far the teacher is. TRL reads it only if
+            # that mask is on, so it is unwatched.
             self.watched.setdefault("sampling_per_token_logps", old_per_token_logps)
             self.watched.substitute("old_per_token_logps", guidance.anchor)
             self._correct_reference_kl(per_token_logps - old_per_token_logps)

@@ -21,7 +21,7 @@ SEQUENCES = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 
 def merge(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One batch with the rows of all `batches`, which hold tensors, lists with an item for each row, scalars and `None`."""
+    """One batch with the rows of all `batches`, of tensors, lists with an item for each row, scalars and `None`."""
     merged: dict[str, Any] = {}
     for key, value in batches[0].items():
         values = [batch[key] for batch in batches]
@@ -53,9 +53,9 @@ def trim(batch: dict[str, Any], multiple: int = 1) -> dict[str, Any]:
 
     Args:
         batch (`dict[str, Any]`):
-            `prompt_mask` of shape `(B, P)`, padded on the left, `completion_mask` of shape `(B, T)`, padded on the right,
-            and more tensors over the tokens of prompts, completions or both, with any dimensions behind. What else it
-            holds is left as it is.
+            `prompt_mask` of shape `(B, P)`, padded on the left, `completion_mask` of shape `(B, T)`, padded on the
+            right, and more tensors over the tokens of prompts, completions or both, with any dimensions behind. What
+            else it holds is left as it is.
         multiple (`int`, *optional*, defaults to `1`):
             What the widths must be multiples of, as `P` and `T` are.
     """

@@ -44,17 +44,13 @@ class Guide:
     is_required = False
 
     def begin(self, rollouts: Rollouts, rows: list[dict]) -> AbstractContextManager:
-        """
-        Returns a context in which asynchronous reward functions run: a process that waits for another one in there may wait
-        forever. `rows` are the dataset's, one for each rollout.
-        """
+        """Returns a context in which asynchronous reward functions run: a process that waits for another one in there
+        may wait forever. `rows` are the dataset's, one for each rollout."""
         return nullcontext()
 
     def finish(self, batch: dict, rewards_per_func: torch.Tensor, rows: list[dict]) -> dict:
-        """
-        Returns `batch`, a generation batch of this process, with batch-first tensors added. `rewards_per_func` are the rewards
-        of all processes, `(B of all, functions)`.
-        """
+        """Returns `batch`, a generation batch of this process, with batch-first tensors added. `rewards_per_func` are
+        the rewards of all processes, `(B of all, functions)`."""
         return batch
 
     def watch_forward(self, model: torch.nn.Module, batch: dict) -> AbstractContextManager:
@@ -116,8 +112,8 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         if rewards.isinf().any():  # TRL would make an advantage of 0 or of 3e38 of it
             name = self.reward_func_names[rewards.isinf().any(0).nonzero()[0].item()]
             raise FloatingPointError(
-                f"The reward function `{name}` has returned an infinite reward. Let it return a number, or `None` where it "
-                "can't judge."
+                f"The reward function `{name}` has returned an infinite reward. Let it return a number, or `None` "
+                "where it can't judge."
             )
         return rewards
 
@@ -141,8 +137,9 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
             raise self._not_finite("loss")
         return loss
 
-    # TRL's loss asks for the student's log-probabilities once, and only then reads the old ones, the advantages and `beta`. So
-    # within this call all is known that guidance depends on, and nothing is read yet that it changes: here it goes in.
+    # TRL's loss asks for the student's log-probabilities once, and only then reads the old ones, the advantages and
+    # `beta`. So within this call all is known that guidance depends on, and nothing is read yet that it changes: here
+    # it goes in.
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         call = self._loss_call
         if call is None or call.has_asked:
@@ -171,9 +168,9 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
     def _not_finite(self, what):
         """The error of a step that would leave no student."""
         return FloatingPointError(
-            f"The {what} of step {self.state.global_step + 1} isn't finite. Training stops before the update, with the student "
-            "as it was. The cause may be too high a `learning_rate`, or a teacher far from the student without a "
-            "`teacher_log_ratio_clip`."
+            f"The {what} of step {self.state.global_step + 1} isn't finite. Training stops before the update, with "
+            "the student as it was. The cause may be too high a `learning_rate`, or a teacher far from the student "
+            "without a `teacher_log_ratio_clip`."
         )
 
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
@@ -213,5 +210,5 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def fill_column(self, name: str, values: dict[int, float | None]):
-        """Fill a column of the table that `log_completions` writes, by the number of the row; `None` where there is none."""
+        """Fill a column of the table that `log_completions` writes, by the number of the row, else with `None`."""
         self._logs["extra"][name] = [values.get(row) for row in range(len(self._logs["prompt"]))]

@@ -1,4 +1,4 @@
-"""The student's passes without the padding of the generation batch: `trim_padding`. The teacher has nothing to do with it."""
+"""The student's passes without the padding of the generation batch, with or without a teacher: `trim_padding`."""
 
 from math import gcd
 
@@ -12,10 +12,8 @@ from .padding import merge, select, trim
 
 
 class TrimmingGRPOTrainer(GRPOTrainer):
-    """
-    [`~trl.GRPOTrainer`] that, with `args.trim_padding`, runs the student on micro-batches of similar lengths, each without
-    the padding of the others. Without it, nothing changes.
-    """
+    """[`~trl.GRPOTrainer`] that, with `args.trim_padding`, runs the student on micro-batches of similar lengths, each
+    without the padding of the others. Without it, nothing changes."""
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -31,8 +29,8 @@ class TrimmingGRPOTrainer(GRPOTrainer):
 
     @property
     def _order_is_free(self):
-        # Within an optimizer step, unless the loss has something that depends on which rows share a micro-batch: a mean
-        # over its tokens (BNPO, the entropy bonus), a quantile of its entropies, or its load of the experts
+        # Within an optimizer step, unless the loss has something that depends on which rows share a micro-batch: a
+        # mean over its tokens (BNPO, the entropy bonus), a quantile of its entropies, or its load of the experts
         return not (
             self.loss_type == "bnpo"
             or self._entropy_bonus_enabled
@@ -47,7 +45,8 @@ class TrimmingGRPOTrainer(GRPOTrainer):
         return [trim(unsplit_pixel_values_by_grid(select(batch, cut)), self.pad_to_multiple_of or 1) for cut in cuts]
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        # TRL names a `batch_size` where it needs no gradient: for the log-probabilities of the old policy and the reference
+        # TRL names a `batch_size` where it needs no gradient: for the log-probabilities of the old policy and the
+        # reference
         if self.args.trim_padding and kwargs.get("batch_size") is not None:
             return self._student_logps(model, *args, **kwargs)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)

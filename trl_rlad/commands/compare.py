@@ -21,10 +21,8 @@ ROWS, LENGTH = 16, 128
 
 
 def compare(url: str, model: str, dtype: str = "auto") -> tuple[float, float]:
-    """
-    Mean and largest difference between the log-probabilities of a served teacher and of a copy, in nats. The rows are the
-    copy's own samples, prompted by a random token, as rollouts are far likelier than random ids.
-    """
+    """Mean and largest difference between the log-probabilities of a served teacher and of a copy, in nats. The rows
+    are the copy's own samples, prompted by a random token, as rollouts are far likelier than random ids."""
     with tempfile.TemporaryDirectory() as folder:
         args = RLADConfig(
             folder, bf16=False, report_to="none", teacher_server_urls=url, teacher_model_init_kwargs={"dtype": dtype}

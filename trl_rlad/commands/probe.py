@@ -5,8 +5,9 @@ See whether a teacher is worth it for a student and a task, before training.
     trl-rlad probe --prompts 64 --output probe.json examples/rlad_grpo.py --config FILE.yaml --alpha 0.5
 
 It runs your training script, with the arguments that you would train with, up to where its RLADTrainer would train; an
-evaluation before that is skipped. There it samples `num_generations` completions of some training prompts, has them rewarded and read by the teacher,
-reports what came out, and ends. Nothing is trained. What each figure means is in the docstring of `trl_rlad.reports.probe.report`.
+evaluation before that is skipped. There it samples `num_generations` completions of some training prompts, has them
+rewarded and read by the teacher, reports what came out, and ends. Nothing is trained. What each figure means is in the
+docstring of `trl_rlad.reports.probe.report`.
 """
 
 import json

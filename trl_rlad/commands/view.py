@@ -4,9 +4,9 @@ Look at the rollouts and the curves of runs, in one HTML file.
     trl-rlad view outputs/mini-rlad
     trl-rlad view GRPO=outputs/grpo-{0,1,2} RLAD=outputs/rlad-{0,1,2}
 
-A run is the output folder of a training, or the `.parquet` file of a probe. Those with the same NAME= before them, such as
-several seeds, share a curve. Curves come from `trainer_state.json`, or before that is written from the last checkpoint;
-rollouts from what a training with `log_completions` has written.
+A run is the output folder of a training, or the `.parquet` file of a probe. Those with the same NAME= before them,
+such as several seeds, share a curve. Curves come from `trainer_state.json`, or before that is written from the last
+checkpoint; rollouts from what a training with `log_completions` has written.
 """
 
 import json

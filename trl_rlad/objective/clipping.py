@@ -52,9 +52,9 @@ def clip_causes(
 
     Returns:
         `dict[str, torch.Tensor]`:
-            Boolean masks of the shape of `log_ratio`: `"high_by_policy"` and `"low_by_policy"` where the GRPO ratio would be
-            clipped as well, `"high_by_teacher"` and `"low_by_teacher"` where only the teacher makes it so. `"high"` is the
-            upper bound, for positive advantages, `"low"` the lower bound, for negative ones.
+            Boolean masks of the shape of `log_ratio`: `"high_by_policy"` and `"low_by_policy"` where the GRPO ratio
+            would be clipped as well, `"high_by_teacher"` and `"low_by_teacher"` where only the teacher makes it so.
+            `"high"` is the upper bound, for positive advantages, `"low"` the lower bound, for negative ones.
     """
     ratio, policy_ratio = log_ratio.exp(), policy_log_ratio.exp()
     high, policy_high = (ratio > 1 + epsilon_high) & (advantages > 0), policy_ratio > 1 + epsilon_high

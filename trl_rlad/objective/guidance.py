@@ -1,4 +1,4 @@
-"""What a teacher's scores make of the loss: a pure function on tensors. It logs nothing and writes to none of its arguments."""
+"""What a teacher's scores make of the loss, by a pure function: it logs nothing and writes to no argument."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from .trrd import TRRDLoss
 
 
 class Scores(NamedTuple):
-    """What the teacher makes of a micro-batch, in nats and `float32`. `N` of its tokens have the divergence, see [`kl_mask`]."""
+    """What the teacher makes of a micro-batch, in nats and `float32`. `N` tokens have the divergence ([`kl_mask`])."""
 
     logps: torch.Tensor  # (B, T), of the sampled tokens
     mask: torch.Tensor  # (B, T), bool: tokens that the teacher has scored

@@ -67,8 +67,8 @@ class Objective:
         """
         The terms of the loss when the share `progress` of training is done, in `[0, 1]`.
 
-        The coefficient moves from `teacher_kl_coef` to `teacher_kl_coef_final` in a straight line, exact at both ends; during
-        the first `distillation_fraction` it is 1, on all completions.
+        The coefficient moves from `teacher_kl_coef` to `teacher_kl_coef_final` in a straight line, exact at both ends;
+        during the first `distillation_fraction` it is 1, on all completions.
         """
         distilling = progress < self.distillation_fraction
         start, end = self.teacher_kl_coef, self.teacher_kl_coef_final

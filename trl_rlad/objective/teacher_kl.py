@@ -1,4 +1,4 @@
-"""The divergence from the teacher that is added to the loss of GRPO: graded on the sampled token, or named by the teacher."""
+"""The divergence from the teacher, added to GRPO's loss: graded on the sampled token, or named by the teacher."""
 
 import torch
 from torch.nn.functional import huber_loss
@@ -10,9 +10,10 @@ def reverse_kl(
     r"""
     Estimate the reverse divergence at each token that the student has sampled, for back-propagation.
 
-    It is k2 of [KDRL](https://huggingface.co/papers/2506.02208), \\( d^2 / 2 \\) with \\( d = \log\pi_\theta - \log\pi_T
-    \\): its gradient \\( d \, \nabla\log\pi_\theta \\) is in expectation that of \\( \text{KL}(\pi_\theta \,\|\, \pi_T)
-    \\). Beyond `clip` it goes on in a straight line, as Huber's loss does, so that the weight of no token exceeds `clip`.
+    It is k2 of [KDRL](https://huggingface.co/papers/2506.02208), \\( d^2 / 2 \\) with \\( d = \log\pi_\theta -
+    \log\pi_T \\): its gradient \\( d \, \nabla\log\pi_\theta \\) is in expectation that of \\( \text{KL}(\pi_\theta
+    \,\|\, \pi_T) \\). Beyond `clip` it goes on in a straight line, as Huber's loss does, so that the weight of no
+    token exceeds `clip`.
 
     Args:
         per_token_logps (`torch.Tensor` of shape `(B, T)`, floating point):
@@ -31,11 +32,12 @@ def reverse_kl(
 
 def forward_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
     r"""
-    The forward divergence \\( \text{KL}(\pi_T \,\|\, \pi_\theta) \\) with all but the teacher's likeliest tokens in one bucket.
+    The forward divergence \\( \text{KL}(\pi_T \,\|\, \pi_\theta) \\) with all but the teacher's likeliest tokens in
+    one bucket.
 
     By the data-processing inequality it is a lower bound of the divergence over the vocabulary, and equal to it if all
-    tokens are given. Unlike anything that grades the sampled token, its gradient reaches a token that the student would
-    never sample: on the logits it is \\( \pi_\theta - \pi_T \\).
+    tokens are given. Unlike anything that grades the sampled token, its gradient reaches a token that the student
+    would never sample: on the logits it is \\( \pi_\theta - \pi_T \\).
 
     Args:
         log_probs (`torch.Tensor` of shape `(..., k)`, floating point):
@@ -57,7 +59,8 @@ def forward_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torc
 
 def named_entropy(teacher_log_probs: torch.Tensor) -> torch.Tensor:
     """
-    The teacher's entropy with all but its likeliest tokens in one bucket: a lower bound, and exact if all tokens are given.
+    The teacher's entropy with all but its likeliest tokens in one bucket: a lower bound, and exact if all tokens are
+    given.
 
     Args:
         teacher_log_probs (`torch.Tensor` of shape `(..., k)`, floating point):

@@ -12,16 +12,16 @@ class TRRDLoss(nn.Module):
 
     $$ \log r = \alpha \, (\log\pi_\theta - \log\pi_\text{old}) + (1 - \alpha) \, (\log\pi_\theta - \log\pi_T) $$
 
-    which is \\( \log\pi_\theta - \log\text{anchor} \\) with the geometric mixture
-    \\( \log\text{anchor} = \alpha \log\pi_\text{old} + (1 - \alpha) \log\pi_T \\). So the module returns the anchor, and
-    whatever GRPO does with the old log-probabilities (clipping, aggregation, metrics) then holds for TRRD as it stands.
+    which is \\( \log\pi_\theta - \log\text{anchor} \\) with the geometric mixture \\( \log\text{anchor} = \alpha
+    \log\pi_\text{old} + (1 - \alpha) \log\pi_T \\). So the module returns the anchor, and whatever GRPO does with the
+    old log-probabilities (clipping, aggregation, metrics) then holds for TRRD as it stands.
 
     Appendix B clamps the student-teacher log-ratio to \\( [-c, c] \\). That is the same as bringing the teacher's
     log-probability to within \\( c \\) of the student's, and outside this band the token keeps the gradient of its
     GRPO factor alone, weighted by \\( \alpha \\).
 
-    Erratum: a sentence in section 4.1 of the paper exchanges the two ends of \\( \alpha \\). Eq. 3, Eq. 5 and Appendix C
-    agree with each other and with this module: 1 is GRPO, 0 compares with the teacher alone.
+    Erratum: a sentence in section 4.1 of the paper exchanges the two ends of \\( \alpha \\). Eq. 3, Eq. 5 and Appendix
+    C agree with each other and with this module: 1 is GRPO, 0 compares with the teacher alone.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.5`):

@@ -15,8 +15,8 @@ ROWS = (
 
 class MetricsTable(TrainerCallback):
     """
-    Prints what matters of a run with a teacher as a small table every so many steps: the mean since the last table, and the
-    change from that one. Needs `rich`.
+    Prints what matters of a run with a teacher as a small table every so many steps: the mean since the last table,
+    and the change from that one. Needs `rich`.
 
     Args:
         steps (`int`, *optional*, defaults to `10`):

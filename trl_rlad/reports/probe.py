@@ -21,7 +21,7 @@ SAME = 0.01  # nats a token
 
 
 class Estimate(NamedTuple):
-    """A share, probability or mean with its 95% interval by the bootstrap over prompts; NaN where there is nothing to count."""
+    """A share or mean with its 95% interval by the bootstrap over prompts; NaN where there is nothing to count."""
 
     value: float
     low: float
@@ -43,8 +43,9 @@ def report(
     Args:
         rollouts (`list[dict]`):
             A record for each completion, see [`~trl_rlad.rollouts.describe_rollouts`]: `group` (number of its prompt),
-            `reward`, `advantage`, `ids`, `logps` and `teacher_logps` (in nats at each token, `None` where the teacher has no
-            say), and if known `top1` (whether the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
+            `reward`, `advantage`, `ids`, `logps` and `teacher_logps` (in nats at each token, `None` where the teacher
+            has no say), and if known `top1` (whether the token is the teacher's likeliest) and `entropy` (the
+            teacher's, in nats).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward is higher.
         clip (`float`, *optional*, defaults to `1.0`):
@@ -60,19 +61,21 @@ def report(
         `dict`: an [`Estimate`] for each figure, and the plain numbers `prompts`, `completions`, `tokens`,
         `tokens_without_say` and `gap_quantiles`, in nats. With \\( x = \log(\pi_S / \pi_T) \\) at a sampled token:
 
-        - `mean@1`, `pass@k`; `signal` and `all_failed`, shares of the groups whose rewards differ and that have no success;
-        - `gap`, the mean of \\( x \\); `gap_first`, `gap_eos`, `gap_rewarded`, `gap_punished`, at the first token, where a
-          completion ends, and by the sign of the advantage; `beyond_clip`, the share with \\( |x| \\) above `clip`;
-        - `discrimination`, how often of two completions of a group the better one has the lower mean of \\( x \\), so that the
-          teacher likes it more than the student does; `teacher_auc` and `student_auc`, how often it is likelier, per token,
-          to each alone; chance is .5;
-        - `prefers_rewarded`, `prefers_punished`: how often the teacher likes a token more than the student, by the sign of the
-          advantage; a tie counts as half;
-        - `contradicted_failed`, `contradicted_succeeded`: share of the completions that did with a token that the student gives
-          more than .9 and the teacher less than .1;
+        - `mean@1`, `pass@k`; `signal` and `all_failed`, shares of the groups whose rewards differ and that have no
+          success;
+        - `gap`, the mean of \\( x \\); `gap_first`, `gap_eos`, `gap_rewarded`, `gap_punished`, at the first token,
+          where a completion ends, and by the sign of the advantage; `beyond_clip`, the share with \\( |x| \\) above
+          `clip`;
+        - `discrimination`, how often of two completions of a group the better one has the lower mean of \\( x \\), so
+          that the teacher likes it more than the student does; `teacher_auc` and `student_auc`, how often it is
+          likelier, per token, to each alone; chance is .5;
+        - `prefers_rewarded`, `prefers_punished`: how often the teacher likes a token more than the student, by the
+          sign of the advantage; a tie counts as half;
+        - `contradicted_failed`, `contradicted_succeeded`: share of the completions that did with a token that the
+          student gives more than .9 and the teacher less than .1;
         - `top1`, `entropy`, and `student_entropy` (estimated by the mean of \\( -\log\pi_S \\));
-        - `clip_high@alpha`, `clip_low@alpha`: shares of the rewarded and of the punished tokens that RLAD's ratio would clip on
-          the first update.
+        - `clip_high@alpha`, `clip_low@alpha`: shares of the rewarded and of the punished tokens that RLAD's ratio
+          would clip on the first update.
     """
     groups: dict[int, list[dict]] = {}
     for rollout in rollouts:
@@ -188,11 +191,12 @@ def recommend(figures: dict) -> dict[str, str]:
     Say what to try, by a rule read off the project's own study (`benchmarks/probe_study.py`, whose figures it quotes).
 
     1. A teacher that is the student, to rounding, has nothing to say.
-    2. If it answers one in four of the prompts on which the student fails throughout, imitate its right answers offline before.
-    3. If it contradicts what the student is sure of in three of four failures, the student is sure and wrong: have the teacher
-       name, in the loss, what it would have said. Elsewhere, or if none of its own answers is right, GRPO.
-    4. If it contradicts more than 1 in 20 successes too, or is itself right less than 9 times in 10, it is to be believed only
-       where it is right, by the column `teacher_weight`.
+    2. If it answers one in four of the prompts on which the student fails throughout, imitate its right answers
+       offline before.
+    3. If it contradicts what the student is sure of in three of four failures, the student is sure and wrong: have the
+       teacher name, in the loss, what it would have said. Elsewhere, or if none of its own answers is right, GRPO.
+    4. If it contradicts more than 1 in 20 successes too, or is itself right less than 9 times in 10, it is to be
+       believed only where it is right, by the column `teacher_weight`.
 
     Args:
         figures (`dict`):
@@ -210,8 +214,9 @@ def recommend(figures: dict) -> dict[str, str]:
     else:
         failed, succeeded = (figures[f"contradicted_{name}"].value for name in ("failed", "succeeded"))
         evidence = [
-            f"The teacher contradicts what the student is sure of in {failed:.0%} of the failures. In the study, naming gained "
-            f"{_gain(naming['gain'])} points over GRPO where that was {naming['contradicted_failed']:.0%}, and nothing at "
+            f"The teacher contradicts what the student is sure of in {failed:.0%} of the failures. In the study, "
+            f"naming gained {_gain(naming['gain'])} points over GRPO where that was "
+            f"{naming['contradicted_failed']:.0%}, and nothing at "
             f"{_range(study['naming_without_gain']['contradicted_failed'], 100)}%."
         ]
         names = failed >= 3 / 4 and accuracy != 0.0
@@ -222,8 +227,8 @@ def recommend(figures: dict) -> dict[str, str]:
             evidence.append(
                 f"It contradicts {succeeded:.0%} of the successes too"
                 + ("" if accuracy is None else f", and {accuracy:.0%} of its own answers are right")
-                + f". Such a teacher, naming everywhere, cost {_range(flawed['cost'])} points; with teacher_weight at most "
-                + f"{_gain(flawed['largest_cost_with_teacher_weight'])}."
+                + f". Such a teacher, naming everywhere, cost {_range(flawed['cost'])} points; with teacher_weight "
+                + f"at most {_gain(flawed['largest_cost_with_teacher_weight'])}."
             )
             if names:
                 advice["in the loss"] += ", and is believed where it is right"
@@ -235,12 +240,12 @@ def recommend(figures: dict) -> dict[str, str]:
             "offline distillation of its right answers (examples/offline_distillation.py); then probe again"
         )
         evidence.append(
-            f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was best in "
-            f"{offline['best_in']} of {offline['settings']} settings of the study, by {_range(offline['gain'])} points over GRPO, "
-            "and better alone than with half of its steps given to RLAD."
+            f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was "
+            f"best in {offline['best_in']} of {offline['settings']} settings of the study, by "
+            f"{_range(offline['gain'])} points over GRPO, and better alone than with half of its steps given to RLAD."
         )
     limits = (
-        "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe tells what the "
-        "teacher could teach, not whether the student can learn it."
+        "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe "
+        "tells what the teacher could teach, not whether the student can learn it."
     )
     return advice | {"evidence": " ".join(evidence), "limits": limits}

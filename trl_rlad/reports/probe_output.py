@@ -8,7 +8,8 @@ from .probe import ALPHAS
 
 END = 6.0  # nats, of the picture
 SHARES = (
-    "mean@1 pass@k signal discrimination prefers_rewarded prefers_punished contradicted_failed contradicted_succeeded top1"
+    "mean@1 pass@k signal discrimination prefers_rewarded prefers_punished contradicted_failed contradicted_succeeded "
+    "top1"
 ).split()
 
 
@@ -81,8 +82,9 @@ def print_report(figures: dict):
 
     console = Console()
     console.print(
-        f"{figures['completions']} completions of {figures['prompts']} prompts, {figures['tokens']} tokens; the teacher has no say "
-        f"on {figures['tokens_without_say']}. Student: {figures['student']}; teacher: {figures['teacher']}.",
+        f"{figures['completions']} completions of {figures['prompts']} prompts, {figures['tokens']} tokens; the "
+        f"teacher has no say on {figures['tokens_without_say']}. Student: {figures['student']}; teacher: "
+        f"{figures['teacher']}.",
         highlight=False,
         markup=False,
     )

@@ -63,10 +63,9 @@ def load_trainer(script: str, arguments: list[str]) -> RLADTrainer:
 
 
 class ProbeGuide(TeacherGuide):
-    """
-    The [`Guide`] of a probe: the teacher reads every token, whatever the objective makes of it, and the loss is GRPO's. Keeps a
-    record of each of this process's completions, and the `seconds` and, on a GPU, the peak `memory` in GiB of both parts.
-    """
+    """The [`Guide`] of a probe: the teacher reads every token, whatever the objective makes of it, and the loss is
+    GRPO's. Keeps a record of each of this process's completions, and the `seconds` and, on a GPU, the peak `memory` in
+    GiB of both parts."""
 
     def __init__(self, trainer: RLADTrainer):
         super().__init__(trainer, trainer.teacher_scorer)
@@ -147,22 +146,21 @@ class Probe:
     def __init__(self, trainer: RLADTrainer):
         if trainer.teacher_scorer is None:
             raise ValueError(
-                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction` the trainer "
-                "has none. Set `alpha=0.5`."
+                "There is no teacher to probe: with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction` "
+                "the trainer has none. Set `alpha=0.5`."
             )
         self.trainer, self.guide = trainer, ProbeGuide(trainer)
         self.rollouts: list[dict] = []
 
     def run(self, num_prompts: int):
         """Fill `rollouts`."""
-        self._predict(num_prompts, self.guide)
-        self.rollouts = gather_object(self.guide.records)
+        num_groups = self._predict(num_prompts, self.guide)
+        self.rollouts = [each for each in gather_object(self.guide.records) if each["group"] < num_groups]
 
     def sample_teacher(self, num_prompts: int) -> dict[str, float]:
-        """
-        Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers succeeds,
-        `teacher_accuracy`, and on what share of the prompts without a success of the student it has one, `teacher_rescues`.
-        """
+        """Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers
+        succeeds, `teacher_accuracy`, and on what share of the prompts without a success of the student it has one,
+        `teacher_rescues`."""
         trainer, guide = self.trainer, _SuccessGuide(self.trainer)
         teachers = list(trainer.teacher_scorer.teachers.values())
         if len(teachers) > 1 or teachers[0].is_sharded or not hasattr(teachers[0], "model"):
@@ -178,9 +176,10 @@ class Probe:
         with teacher.placed():
             trainer.model_wrapped = teacher.model  # what TRL samples from
             trainer.generation_config.suppress_tokens = beyond or None
-            self._predict(num_prompts, guide)
+            num_groups = self._predict(num_prompts, guide)
         trainer.model_wrapped, trainer.generation_config.suppress_tokens = student, suppressed
-        successes, k = guide.successes, trainer.num_generations
+        k = trainer.num_generations
+        successes = guide.successes[: num_groups * k]
         solved = {each["group"] for each in self.rollouts if each["reward"] > trainer.args.success_reward}
         unsolved = [any(successes[i : i + k]) for i in range(0, len(successes), k) if i // k not in solved]
         return {
@@ -189,7 +188,8 @@ class Probe:
         }
 
     def _predict(self, num_prompts, guide):
-        """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing anywhere."""
+        """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing anywhere.
+        Returns the number of prompts: with several processes, accelerate fills up the last batch with the first ones."""
         trainer, data = self.trainer, self.trainer.train_dataset
         if isinstance(data, Dataset):
             data = data.shuffle(seed=trainer.args.seed).select(range(min(num_prompts, len(data))))
@@ -200,6 +200,7 @@ class Probe:
         trainer.args.per_device_eval_batch_size = k * max(1, trainer.args.per_device_eval_batch_size // k)
         trainer.guide = guide
         trainer.predict(data)
+        return len(data)
 
 
 def describe(probe: Probe) -> dict:

@@ -46,10 +46,12 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 20_
 
     Args:
         runs (`list[tuple[str, list[dict], list[dict]]]`):
-            Of each run its name, the records of its rollouts (see [`~trl_rlad.rollouts.describe_rollouts`]) and its log, as
-            transformers keeps it in `trainer_state.json`. Runs of the same name, such as those of several seeds, share a curve.
+            Of each run its name, the records of its rollouts (see [`~trl_rlad.rollouts.describe_rollouts`]) and its
+            log, as transformers keeps it in `trainer_state.json`. Runs of the same name, such as those of several
+            seeds, share a curve.
         max_tokens (`int`, *optional*, defaults to `20_000`):
-            Groups of completions are shown, those first that the teacher changed most, until they have this many tokens.
+            Groups of completions are shown, those first that the teacher changed most, until they have this many
+            tokens.
 
     Returns:
         `str`: HTML. Whatever comes from the runs is escaped.
@@ -71,20 +73,24 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 20_
         parts.append(f"<h2>Curves</h2><p>{''.join(keys)}</p>{curves}")
         if any(len(of_name) > 1 for of_name in logs.values()):
             parts.append(
-                "<small>A line is the mean of the runs of one name, and its band reaches from the lowest to the highest.</small>"
+                "<small>A line is the mean of the runs of one name, and its band reaches from the lowest to the "
+                "highest.</small>"
             )
     if groups:
         parts.append(
-            f"<h2>Rollouts</h2><p>{shown} of {len(groups)} groups, those first that the teacher changed most: by the mean of "
-            "|advantage| times |log(student / teacher)|, bounded by 1. Point at a token for its figures.</p>"
-            f'<p class="legend tokens">log(student / teacher): {legend}\n<span class="teacher">clipped by the teacher alone</span>  '
+            f"<h2>Rollouts</h2><p>{shown} of {len(groups)} groups, those first that the teacher changed most: by the "
+            "mean of |advantage| times |log(student / teacher)|, bounded by 1. Point at a token for its figures.</p>"
+            f'<p class="legend tokens">log(student / teacher): {legend}\n'
+            '<span class="teacher">clipped by the teacher alone</span>  '
             f'<span class="policy">clipped by the policy</span>  <span class="mute">no say</span></p>{cards}'
         )
     if len(parts) == 1:
         parts.append(
-            "<p>There is nothing to see: no log and no rollouts. Rollouts are written with <code>log_completions=True</code>.</p>"
+            "<p>There is nothing to see: no log and no rollouts. Rollouts are written with "
+            "<code>log_completions=True</code>.</p>"
         )
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Rollouts</title><style>{CSS}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Rollouts</title>'
+    head += f"<style>{CSS}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
@@ -162,7 +168,8 @@ def _colors(logs):
 
 
 def _curve(log: list[dict], names: list[str]) -> dict[int, float]:
-    """Values by step of the sum of some metrics; the mean where a step has several, such as those of parts of a data set."""
+    """Values by step of the sum of some metrics; the mean where a step has several, such as those of parts of a data
+    set."""
     values: dict[int, list[float]] = {}
     for entry in log:
         if found := [entry[name] for name in names if entry.get(name) is not None]:
@@ -181,8 +188,8 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     """
     Draw the curves of runs by their name as SVG, to stand in HTML, without what none of them has.
 
-    matplotlib draws them: it is there already, a picture of its own takes some KB where the scripts of Plotly take millions,
-    and there is nothing to zoom into that the log doesn't tell better.
+    matplotlib draws them: it is there already, a picture of its own takes some KB where the scripts of Plotly take
+    millions, and there is nothing to zoom into that the log doesn't tell better.
     """
     panels: dict[str, dict[str, dict[str, list]]] = {}
     for title, lines in _lines(logs).items():

@@ -76,10 +76,8 @@ class RowScorer:
             self._waited = time.perf_counter() - start
 
     def score(self, rows: list[Row], top_k: int = 0) -> list[TokenScores | None]:
-        """
-        The scores of this process's rows, `None` where the teacher had no answer. Equal rows are scored once, and those that
-        were scored early not again. All processes call it at once, also without rows.
-        """
+        """The scores of this process's rows, `None` where the teacher had no answer. Equal rows are scored once, and
+        those that were scored early not again. All processes call it at once, also without rows."""
         start = time.perf_counter()
         keys = [row.key for row in rows]
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._early}
@@ -137,17 +135,15 @@ class RowScorer:
         return [scores[i] for i in range(len(rows))]
 
     def _keep_pace(self, image_batches: list[list[int]], text_batches: list[list[int]]):
-        """
-        Add micro-batches until there are as many as on the busiest process, as a sharded teacher runs on all of them at
-        once: without rows, or where its vision tower is to run, of the first row again.
-        """
+        """Add micro-batches until there are as many as on the busiest process, as a sharded teacher runs on all of
+        them at once: without rows, or where its vision tower is to run, of the first row again."""
         counts = torch.tensor([[len(image_batches), len(text_batches)]], device=self.accelerator.device)
         counts = self.accelerator.gather(counts)
         if len((counts[:, 0] > 0).unique()) > 1:
             raise ValueError(
-                "A sharded teacher runs its vision tower on all processes at once, but in this batch some of them have no "
-                "completion with an image to score. Keep the teacher whole (`teacher_zero_stage=0`; under FSDP choose "
-                "another launcher), or train on data of which every row has an image."
+                "A sharded teacher runs its vision tower on all processes at once, but in this batch some of them "
+                "have no completion with an image to score. Keep the teacher whole (`teacher_zero_stage=0`; under "
+                "FSDP choose another launcher), or train on data of which every row has an image."
             )
         rounds = counts.amax(0).tolist()
         image_batches += [image_batches[0][:1] for _ in range(rounds[0] - len(image_batches))]

@@ -32,10 +32,11 @@ def make_row(
     prompt: torch.Tensor, completion: torch.Tensor, wanted: torch.Tensor, images: dict[str, torch.Tensor] | None = None
 ) -> Row | None:
     """
-    The row in which a teacher scores the tokens `wanted`, bool of shape `(T,)`, of a completion; `None` if there are none.
+    The row in which a teacher scores the tokens `wanted`, bool of shape `(T,)`, of a completion; `None` if there are
+    none.
 
-    The completion ends with the last of them, as a causal model needn't run what comes behind. With images it is whole, since
-    their tensors cover all of it.
+    The completion ends with the last of them, as a causal model needn't run what comes behind. With images it is
+    whole, since their tensors cover all of it.
     """
     if not wanted.any():
         return None

@@ -35,12 +35,13 @@ class TeacherScorer(TrainerCallback):
     """
     Scores each rollout batch, once, each row with its own teacher, and lets the teachers go when training has ended.
 
-    A [`~transformers.TrainerCallback`] never sees the rollouts: [`TeacherGuide`] calls `begin`, `score_early` and `score`.
+    A [`~transformers.TrainerCallback`] never sees the rollouts: [`TeacherGuide`] calls `begin`, `score_early` and
+    `score`.
 
     Args:
         scorers (`dict[str, RowScorer]`):
-            A scorer for each teacher, by the name that rows have in the dataset's column `teacher_id`. A single teacher's
-            name is empty.
+            A scorer for each teacher, by the name that rows have in the dataset's column `teacher_id`. A single
+            teacher's name is empty.
         timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have scored a rollout batch.
 
@@ -99,10 +100,8 @@ class TeacherScorer(TrainerCallback):
         top_k: int = 0,
         teacher_ids: Sequence[str | None] | None = None,
     ):
-        """
-        Make the rows for the next call of `score`, whose arguments these are, and send off those of teachers behind a URL.
-        `masks` have 1 at each token of the completions whose log-probability may be wanted.
-        """
+        """Make the rows for the next call of `score`, whose arguments these are, and send off those of teachers behind
+        a URL. `masks` have 1 at each token of the completions whose log-probability may be wanted."""
         self._numbers, self._top_k = self._number(teacher_ids, len(prompts)), top_k
         self._rows = []
         for prompt, ids, mask, number in zip(prompts, completions, masks, self._numbers.tolist(), strict=True):
@@ -114,11 +113,9 @@ class TeacherScorer(TrainerCallback):
 
     @contextmanager
     def score_early(self) -> Iterator[None]:
-        """
-        Score the rows of `begin` in a thread while the body of the context runs, and raise what the teacher raises when the
-        body has ended. No process waits for another one meanwhile, since the body may: each scores its own rows, and a
-        sharded teacher, which needs all processes, scores none.
-        """
+        """Score the rows of `begin` in a thread while the body of the context runs, and raise what the teacher raises
+        when the body has ended. No process waits for another one meanwhile, since the body may: each scores its own
+        rows, and a sharded teacher, which needs all processes, scores none."""
         with ExitStack() as stack:
             for scorer, rows in self._by_scorer(self._rows or [], self._numbers):
                 stack.enter_context(scorer.score_early(rows, self._top_k))
@@ -142,8 +139,8 @@ class TeacherScorer(TrainerCallback):
             top_k (`int`, *optional*, defaults to `0`):
                 Number of the teacher's likeliest tokens to return beside each.
             prompts (`Sequence[Sequence[int]]`, *optional*):
-                Token ids of each row's prompt as its teacher is to read it. `None` takes those of the batch. Not read after
-                `begin`.
+                Token ids of each row's prompt as its teacher is to read it. `None` takes those of the batch. Not read
+                after `begin`.
             teacher_ids (`Sequence[str | None]`, *optional*):
                 Names of the rows' teachers. `None` for a single teacher.
 
@@ -151,12 +148,13 @@ class TeacherScorer(TrainerCallback):
             `dict[str, torch.Tensor]`:
                 `teacher_mask`, bool, of shape `(B, T)`: the tokens that the teacher has scored, and
                 `teacher_per_token_logps`, `float32`, of the same shape, in nats, zero elsewhere. With `top_k` also
-                `teacher_top_ids`, `int64`, and `teacher_top_logps`, `float32`, in nats, of shape `(B, T, k)`; a token that
-                can't be named to the student has the log-probability `-inf`. Of several teachers also `teacher_index`,
-                `int64`, of shape `(B,)`.
+                `teacher_top_ids`, `int64`, and `teacher_top_logps`, `float32`, in nats, of shape `(B, T, k)`; a token
+                that can't be named to the student has the log-probability `-inf`. Of several teachers also
+                `teacher_index`, `int64`, of shape `(B,)`.
 
         Raises:
-            `ValueError`: if a token id lies beyond the teacher's vocabulary, a row beyond its positions, or it can't read the
+            `ValueError`: if a token id lies beyond the teacher's vocabulary, a row beyond its positions, or it can't
+            read the
                 images.
             `FloatingPointError`: if the teacher returns a log-probability that isn't finite.
         """
@@ -196,7 +194,8 @@ class TeacherScorer(TrainerCallback):
         if not logps.isfinite().all():
             raise FloatingPointError(
                 f"The teacher returned {(~logps.isfinite()).sum()} log-probabilities that are not finite, of "
-                f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or load it "
+                f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or "
+                "load it "
                 'with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
             )
         self.seconds = time.perf_counter() - start + sum(scorer.waited for scorer in self.scorers.values())

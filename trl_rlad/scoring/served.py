@@ -21,10 +21,10 @@ class ServedRowScorer(RowScorer):
     """
     A [`RowScorer`] that sends rows off when they have been generated, and waits for them when the loss needs them.
 
-    Each process sends its own rows: the servers share out the work, and nothing has to be gathered. Rows that turn out not to
-    be needed, for want of an advantage, are called back. With `on_failure="raise"` a row that no server answers is a
-    [`ServerError`]; with `"grpo"` it has no scores, until these are more than a tenth of all rows so far, and more than a
-    thousand.
+    Each process sends its own rows: the servers share out the work, and nothing has to be gathered. Rows that turn out
+    not to be needed, for want of an advantage, are called back. With `on_failure="raise"` a row that no server answers
+    is a [`ServerError`]; with `"grpo"` it has no scores, until these are more than a tenth of all rows so far, and
+    more than a thousand.
     """
 
     teacher: ServedTeacher
@@ -65,22 +65,24 @@ class ServedRowScorer(RowScorer):
             except ServerError as error:
                 if self.on_failure == "raise":
                     raise ServerError(
-                        f"The teacher has no answer: {error}. Start its server and go on from the last checkpoint, with "
-                        '`resume_from_checkpoint`. With `on_teacher_failure="grpo"` such rows train without the teacher.'
+                        f"The teacher has no answer: {error}. Start its server and go on from the last checkpoint, "
+                        "with `resume_from_checkpoint`. With `on_teacher_failure='grpo'` such rows train without the "
+                        "teacher."
                     ) from error
                 scores.append(None)
                 cause = error
         self.failed_rows = scores.count(None)
         if self.failed_rows and not self._failed:
             logger.warning(
-                f"The teacher has no answer for {self.failed_rows} rows, which train without it (`on_teacher_failure='grpo'`, "
-                f"counted in `teacher/failed_rows`): {cause}",
+                f"The teacher has no answer for {self.failed_rows} rows, which train without it "
+                f"(`on_teacher_failure='grpo'`, counted in `teacher/failed_rows`): {cause}",
                 main_process_only=False,
             )
         self._asked, self._failed = self._asked + len(rows), self._failed + self.failed_rows
         if self._failed > FAILED_SHARE * max(self._asked, LEAST_ROWS):
             raise ServerError(
                 f"The teacher has had no answer for {self._failed} of {self._asked} rows, which is more than "
-                f"`on_teacher_failure='grpo'` puts up with. Go on from the last checkpoint when it answers again. {cause}"
+                "`on_teacher_failure='grpo'` puts up with. Go on from the last checkpoint when it answers again. "
+                f"{cause}"
             ) from cause
         return scores

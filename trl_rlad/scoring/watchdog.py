@@ -39,8 +39,8 @@ def time_limit(seconds: float, call: str) -> Iterator[None]:
 
     Raises:
         `TimeoutError`: if not all processes have come to the start in time; it names those that are missing. A process
-            that doesn't come to the end in time can't be interrupted, as it may be inside of a collective operation: it
-            prints its name, the call and its stack, and exits.
+            that doesn't come to the end in time can't be interrupted, as it may be inside of a collective operation:
+            it prints its name, the call and its stack, and exits.
     """
     group = barrier_group()
     if group is None:

@@ -15,9 +15,9 @@ class AdapterTeacher(LocalTeacher):
     """
     A [`LocalTeacher`] whose adapter, of this path or name, stays apart from its base, which other adapters share.
 
-    An adapter that changes the embeddings or the LM head is merged into a base of its own, as that of a single teacher is.
-    `bases` holds the models with adapters that there are, by the names and revisions of their bases: weakly, so that a base is
-    let go when all its teachers are.
+    An adapter that changes the embeddings or the LM head is merged into a base of its own, as that of a single teacher
+    is. `bases` holds the models with adapters that there are, by the names and revisions of their bases: weakly, so
+    that a base is let go when all its teachers are.
     """
 
     source: str

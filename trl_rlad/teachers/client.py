@@ -5,7 +5,7 @@ import atexit
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any
 
@@ -37,7 +37,8 @@ class _WrongAnswer(_Failure):
 @dataclass
 class _Server:
     url: str
-    in_flight: int = 0
+    in_flight: int = 0  # requests that it has, or waits for a slot to be given
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))
     # By the clock: the last answer, and since then the first and the last failure
     answered_at: float = -float("inf")
     silent_since: float = float("inf")
@@ -46,14 +47,16 @@ class _Server:
 
 class Servers:
     """
-    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that fails. They
-    are asked in a thread of their own, so that many requests can be under way while the caller does other things.
+    Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that
+    fails. They are asked in a thread of their own, so that many requests can be under way while the caller does other
+    things.
 
     Args:
         urls (`list[str]`):
             Their addresses.
         patience (`float`):
-            Seconds for which requests are made again while no server answers any. An attempt lasts at most half as long.
+            Seconds for which requests are made again while no server answers any. An attempt lasts at most half as
+            long.
         key (`str`, *optional*):
             What is sent to prove who asks. It is left out of all messages.
     """
@@ -78,9 +81,9 @@ class Servers:
         """
         Ask for a path, with a `body` to be posted as JSON, and go on.
 
-        Returns a future of what `read` makes of the decoded answer; it may raise a `ValueError` if that is wrong. The future
-        raises a `ValueError` if a server refuses the request, and a [`ServerError`] if there is no right answer from the server
-        `url`, or if that is `None` from any.
+        Returns a future of what `read` makes of the decoded answer; it may raise a `ValueError` if that is wrong. The
+        future raises a `ValueError` if a server refuses the request, and a [`ServerError`] if there is no right answer
+        from the server `url`, or if that is `None` from any.
         """
         servers = [server for server in self._servers if url in (None, server.url)]
         return asyncio.run_coroutine_threadsafe(self._ask(servers, path, read, body), self._loop)
@@ -116,7 +119,8 @@ class Servers:
         server.in_flight += 1
         answer = None
         try:
-            answer = await self._client.request("GET" if body is None else "POST", server.url + path, json=body)
+            async with server.slots:
+                answer = await self._client.request("GET" if body is None else "POST", server.url + path, json=body)
             if answer.status_code in (408, 429) or answer.status_code >= 500:
                 raise ValueError(describe(answer))
             if answer.is_success:

@@ -1,8 +1,8 @@
 """
 What student and teacher must agree on: the meaning of every token id the student can emit, of images, and the length.
 
-A teacher and a student are compared once, before training ([`TokenContract.between`]); prompts of a dataset and rollouts are
-held against what came out.
+A teacher and a student are compared once, before training ([`TokenContract.between`]); prompts of a dataset and
+rollouts are held against what came out.
 """
 
 from collections.abc import Collection, Sequence
@@ -29,7 +29,8 @@ class TokenContract:
         teacher ([`Teacher`]):
             Its vocabulary and its positions bound what it can read.
         unknown_ids, nameable_ids (`Collection[int]`, *optional*):
-            Token ids that it isn't to score, and those that it may name, see [`find_unknown_ids`], [`find_nameable_ids`].
+            Token ids that it isn't to score, and those that it may name, see [`find_unknown_ids`],
+            [`find_nameable_ids`].
         image_problem (`str`, *optional*):
             Why it can't read the student's images, see [`find_image_problem`].
     """
@@ -54,10 +55,9 @@ class TokenContract:
         eos_token_ids: Collection[int],
         processor: ProcessorMixin | None = None,
     ) -> "TokenContract":
-        """
-        Compare a student, by its tokenizer, the ids that end its completions and, if it reads images, its processor, with a
-        teacher. Raises a `ValueError` if that gives the student's ids another meaning, or has no rows for them.
-        """
+        """Compare a student, by its tokenizer, the ids that end its completions and, if it reads images, its
+        processor, with a teacher. Raises a `ValueError` if that gives the student's ids another meaning, or has no
+        rows for them."""
         unknown_ids = find_unknown_ids(tokenizer, teacher.tokenizer, eos_token_ids)
         highest = max(tokenizer.get_vocab().values())
         if highest >= teacher.vocab_size:
@@ -65,8 +65,8 @@ class TokenContract:
         if unknown_ids:
             examples = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(unknown_ids[:5])))
             logger.warning(
-                f"The teacher doesn't score {len(unknown_ids)} of the student's tokens, which it doesn't know or doesn't end "
-                f"its turn with (such as {examples}): there the likelihood ratio is GRPO's."
+                f"The teacher doesn't score {len(unknown_ids)} of the student's tokens, which it doesn't know or "
+                f"doesn't end its turn with (such as {examples}): there the likelihood ratio is GRPO's."
             )
         problem = None if processor is None else teacher.find_image_problem(processor)
         return cls(
@@ -82,10 +82,8 @@ class TokenContract:
         return self._is_nameable.to(ids.device)[ids]
 
     def check_dataset(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, max_completion_length: int | None):
-        """
-        Raises a `ValueError` if the teacher can't read the longest prompts of training data, with a completion, or its
-        images. Rollouts are checked too. A stream isn't looked at: it may be slow, or move on.
-        """
+        """Raises a `ValueError` if the teacher can't read the longest prompts of training data, with a completion, or
+        its images. Rollouts are checked too. A stream isn't looked at: it may be slow, or move on."""
         columns = set(getattr(dataset, "column_names", None) or ())
         prompts = []
         if isinstance(dataset, Dataset):
@@ -94,17 +92,16 @@ class TokenContract:
         prompt_length = longest_prompt(prompts, tokenizer)
         if prompt_length + (max_completion_length or 0) > self.teacher.max_length:
             raise ValueError(
-                f"Prompts of {prompt_length} tokens and completions of up to {max_completion_length} are too long for the "
-                f"teacher {self.teacher.name}, which knows {self.teacher.max_length:.0f} positions. {self._length_remedy}"
+                f"Prompts of {prompt_length} tokens and completions of up to {max_completion_length} are too long for "
+                f"the teacher {self.teacher.name}, which knows {self.teacher.max_length:.0f} positions. "
+                f"{self._length_remedy}"
             )
         if self.image_problem and columns & {"image", "images"} and "teacher_weight" not in columns:
             raise ValueError(self._image_message)
 
     def check(self, rows: Sequence):
-        """
-        Raises a `ValueError` if a [`~trl_rlad.scoring.rows.Row`] has a token id beyond the teacher's vocabulary, is longer than
-        its positions, or has images that it can't read.
-        """
+        """Raises a `ValueError` if a [`~trl_rlad.scoring.rows.Row`] has a token id beyond the teacher's vocabulary, is
+        longer than its positions, or has images that it can't read."""
         longest = max(map(len, rows), default=0)
         if longest > self.teacher.max_length:
             raise ValueError(
@@ -114,7 +111,8 @@ class TokenContract:
         highest = torch.cat([ids for row in rows for ids in (row.prompt, row.completion)]).max().item() if rows else 0
         if highest >= self.teacher.vocab_size:
             raise ValueError(
-                f"{_beyond_vocabulary('A rollout has the', highest, self.teacher)} If it is the student that emits it, "
+                f"{_beyond_vocabulary('A rollout has the', highest, self.teacher)} If it is the student that emits "
+                "it, "
                 '`generation_kwargs={"suppress_tokens": [...]}` keeps it from doing so.'
             )
         if self.image_problem and any(row.images for row in rows):
@@ -131,15 +129,15 @@ class TokenContract:
     def _image_message(self):
         return (
             f"The teacher {self.teacher.name} can't read the images of this data: {self.image_problem}. Choose a "
-            "`teacher_model` of the student's family, or give the rows with images the `teacher_weight` 0, which trains them "
-            "with GRPO."
+            "`teacher_model` of the student's family, or give the rows with images the `teacher_weight` 0, which "
+            "trains them with GRPO."
         )
 
 
 def _beyond_vocabulary(what, id, teacher):
     return (
-        f"{what} token id {id}, but the teacher's vocabulary has only {teacher.vocab_size} rows. Choose a `teacher_model` that "
-        "knows all of the student's tokens."
+        f"{what} token id {id}, but the teacher's vocabulary has only {teacher.vocab_size} rows. Choose a "
+        "`teacher_model` that knows all of the student's tokens."
     )
 
 
@@ -149,9 +147,9 @@ def find_unknown_ids(
     """
     Ids that the student can emit and whose probability under the teacher means nothing.
 
-    These are the ids that the teacher's tokenizer doesn't have, the special tokens that it calls otherwise and, if the two
-    end their turns differently (a base model with `<|endoftext|>`, say, and an instruct model with `<|im_end|>`), the ids
-    that end the student's turn but not the teacher's. Different sizes of padded vocabularies don't matter.
+    These are the ids that the teacher's tokenizer doesn't have, the special tokens that it calls otherwise and, if the
+    two end their turns differently (a base model with `<|endoftext|>`, say, and an instruct model with `<|im_end|>`),
+    the ids that end the student's turn but not the teacher's. Different sizes of padded vocabularies don't matter.
 
     Raises a `ValueError` if ordinary ids stand for different tokens, or the teacher doesn't know most of them.
     """
@@ -167,9 +165,10 @@ def find_unknown_ids(
             f"{id}: {student_tokens[id]!r} / {teacher_tokens.get(id)!r}" for id in conflicts or sorted(unknown)
         ]
         raise ValueError(
-            f"`teacher_model` reads the student's token ids differently: {len(examples)} ids stand for different tokens "
-            f"(id: student's / teacher's - {', '.join(examples[:3])}). RLAD compares the probabilities of the same token "
-            "ids, so choose a `teacher_model` that shares the student's tokenizer, saved beside its weights."
+            f"`teacher_model` reads the student's token ids differently: {len(examples)} ids stand for different "
+            f"tokens (id: student's / teacher's - {', '.join(examples[:3])}). RLAD compares the probabilities of the "
+            "same token ids, so choose a `teacher_model` that shares the student's tokenizer, saved beside its "
+            "weights."
         )
     if student.eos_token_id != teacher.eos_token_id:
         unknown |= set(eos_token_ids) - {teacher.eos_token_id}
@@ -182,19 +181,15 @@ def find_nameable_ids(
     unknown_ids: Collection[int],
     eos_token_ids: Collection[int],
 ) -> list[int]:
-    """
-    Ids that mean the same to both, so that the teacher may name them to the student: neither those that [`find_unknown_ids`]
-    has found, nor an end of turn on which the student doesn't stop.
-    """
+    """Ids that mean the same to both, so that the teacher may name them to the student: neither those that
+    [`find_unknown_ids`] has found, nor an end of turn on which the student doesn't stop."""
     same = set(student.get_vocab().values()) & set(teacher.get_vocab().values()) - set(unknown_ids)
     return sorted(same - ({teacher.eos_token_id} - set(eos_token_ids)))
 
 
 def longest_prompt(prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """
-    Number of tokens of about the longest prompt, without what a chat template adds: of those with the most characters. Of chat
-    messages only the text counts.
-    """
+    """Number of tokens of about the longest prompt, without what a chat template adds: of those with the most
+    characters. Of chat messages only the text counts."""
 
     def text_of(prompt):
         contents = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
@@ -209,8 +204,8 @@ def find_image_problem(student: ProcessorMixin, teacher: ProcessorMixin) -> str 
     """
     Why the teacher can't read the images that the student's processor has prepared, or `None` if it can.
 
-    The teacher is given the student's tensors, among the student's placeholder tokens. So its own processor must make the
-    same of an image: its size, patches and normalization, the number of placeholders and their token ids.
+    The teacher is given the student's tensors, among the student's placeholder tokens. So its own processor must make
+    the same of an image: its size, patches and normalization, the number of placeholders and their token ids.
     """
     from PIL import Image  # which is there where there are processors of images
 

@@ -53,7 +53,7 @@ def create_teacher(
     if teacher_model == "base":
         if not is_peft_model(get_student()):
             raise ValueError(
-                '`teacher_model="base"` is the base model of a student that trains an adapter, but this student trains '
+                '`teacher_model="base"` is the base model of a student that trains an adapter, but this one trains '
                 "all its weights. Pass `peft_config`, or the name or path of a teacher."
             )
         settings = {"teacher_zero_stage", "teacher_offload", "teacher_model_init_kwargs", "teacher_model_revision"}
@@ -63,7 +63,8 @@ def create_teacher(
         return OwnBaseTeacher(get_student, tokenizer, accelerator, args.temperature)
     if not isinstance(teacher_model, (str, PreTrainedModel)):
         raise TypeError(
-            f"`teacher_model` must be a name, a path or a `PreTrainedModel`, but is a `{type(teacher_model).__name__}`."
+            "`teacher_model` must be a name, a path or a `PreTrainedModel`, but is a "
+            f"`{type(teacher_model).__name__}`."
         )
 
     stage, offload = args.teacher_zero_stage, args.teacher_offload

@@ -31,7 +31,8 @@ def active_deepspeed_config(config: dict[str, Any] | None) -> Iterator[None]:
 def load_processing_class(
     auto_class: type[AutoTokenizer | AutoProcessor], places: list[tuple[str, str | None]], hub_kwargs: dict[str, Any]
 ) -> Any:
-    """The teacher's tokenizer or processor, from the first of these names or paths, with their revisions, that has one."""
+    """The teacher's tokenizer or processor, from the first of these names or paths, with their revisions, that has
+    one."""
     for name, revision in places:
         try:
             loaded = auto_class.from_pretrained(name, revision=revision, **hub_kwargs)

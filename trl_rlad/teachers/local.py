@@ -198,8 +198,9 @@ class LocalTeacher:
         """
         Whether completions come out on one copy of their prompt's cache as they do each on its own prompt.
 
-        It is tried, on made-up tokens, and not read off a list of families: some have caches that can't be copied (those
-        with linear attention or convolutions, in transformers 5.23), some keep their state in no cache at all (RWKV).
+        It is tried, on made-up tokens, and not read off a list of families: some have caches that can't be copied
+        (those with linear attention or convolutions, in transformers 5.23), some keep their state in no cache at all
+        (RWKV).
         """
         tokens = torch.arange(1, 33) * 7919 % self.vocab_size
         rows = [tokens[:24]] * 2, [tokens[24:], tokens[24:29]]
@@ -304,7 +305,8 @@ class LocalTeacher:
         return torch.cat([row[span] for row, span in zip(states, spans, strict=True)])
 
     def _run_on_cache(self, prompts, completions):
-        """As [`_run_rows`] for a prompt that runs once: its last state tells of the first token of every completion."""
+        """As [`_run_rows`] for a prompt that runs once: its last state tells of the first token of every
+        completion."""
         cache, length = DynamicCache(config=self.model.config), len(prompts[0])
         states = self._run(input_ids=prompts[0][None], past_key_values=cache, use_cache=True)[:, -1:]
         states = states.expand(len(completions), -1, -1)
@@ -367,8 +369,6 @@ def all_equal(sequences: list[torch.Tensor]) -> bool:
 
 
 def pad_rows(prompts: list[torch.Tensor], completions: list[torch.Tensor]) -> torch.Tensor:
-    """
-    Token ids `(B, L)` of prompts and completions without a gap, padded on the right only. A causal model never looks
-    there, so it needs neither an attention mask nor positions.
-    """
+    """Token ids `(B, L)` of prompts and completions without a gap, padded on the right only. A causal model never
+    looks there, so it needs neither an attention mask nor positions."""
     return pad_sequence([torch.cat(row) for row in zip(prompts, completions, strict=True)], batch_first=True)

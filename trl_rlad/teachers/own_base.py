@@ -14,10 +14,8 @@ from .local import WrappedTeacher
 
 
 class OwnBaseTeacher(WrappedTeacher):
-    """
-    The student without its adapter. There is no second copy of the weights. `get_student` returns the [`~peft.PeftModel`] that
-    is trained, as it is at that time.
-    """
+    """The student without its adapter. There is no second copy of the weights. `get_student` returns the
+    [`~peft.PeftModel`] that is trained, as it is at that time."""
 
     def __init__(
         self,

@@ -25,9 +25,9 @@ class ServedTeacher:
     """
     A [`Teacher`] behind vLLM's OpenAI-compatible server, at temperature 1, as none is applied to prompts there.
 
-    It is sent the token ids of a prompt with its completion, and returns the log-probabilities of all of them or an error.
-    Before training, all servers must be ready, serve the same model, and return for a few rows of random tokens what can be
-    log-probabilities, the same from each.
+    It is sent the token ids of a prompt with its completion, and returns the log-probabilities of all of them or an
+    error. Before training, all servers must be ready, serve the same model, and return for a few rows of random tokens
+    what can be log-probabilities, the same from each.
 
     Args:
         urls (`list[str]`):
@@ -53,8 +53,9 @@ class ServedTeacher:
         self.model_id = cards[0]["id"]
         if others := {card["id"] for card in cards} - {self.model_id}:
             raise ValueError(
-                f"The servers {', '.join(urls)} serve different models: {', '.join([self.model_id, *others])}. URLs in a list are "
-                "of one teacher; for several, pass `teacher_server_urls` as a dictionary of them by name."
+                f"The servers {', '.join(urls)} serve different models: {', '.join([self.model_id, *others])}. URLs "
+                "in a list are of one teacher; for several, pass `teacher_server_urls` as a dictionary of them by "
+                "name."
             )
         # Less one, as a token is always generated
         self.max_length = min(card.get("max_model_len") or float("inf") for card in cards) - 1
@@ -77,8 +78,8 @@ class ServedTeacher:
             except (OSError, ValueError) as error:
                 errors.append(f"{place!r}: {str(error).splitlines()[0]}")
         raise ValueError(
-            f"The tokenizer of the served teacher isn't found here ({'; '.join(errors)}). Name the model on the Hub, or a folder "
-            "with its tokenizer and config.json, as `teacher_model` beside `teacher_server_urls`."
+            f"The tokenizer of the served teacher isn't found here ({'; '.join(errors)}). Name the model on the Hub, "
+            "or a folder with its tokenizer and config.json, as `teacher_model` beside `teacher_server_urls`."
         )
 
     def shake_hands(self, urls: list[str]):
@@ -93,14 +94,12 @@ class ServedTeacher:
         for url in urls[1:]:
             if (difference := (logps[url] - logps[urls[0]]).abs().mean().item()) > TOLERANCE:
                 raise ValueError(
-                    f"{urls[0]} and {url} score the same tokens {difference:.2g} nats apart on average, so they don't serve the "
-                    f"same model, though both call it {self.model_id}."
+                    f"{urls[0]} and {url} score the same tokens {difference:.2g} nats apart on average, so they don't "
+                    f"serve the same model, though both call it {self.model_id}."
                 )
 
     def submit(self, prompt: torch.Tensor, completion: torch.Tensor, top_k: int = 0, url: str | None = None) -> Future:
-        """
-        Ask for the [`TokenScores`] of one row, token ids of a prompt and of its completion, and go on, see [`Servers.submit`].
-        """
+        """Ask for the [`TokenScores`] of a row of token ids, and go on, see [`Servers.submit`]."""
         ids, top_k = completion.tolist(), min(top_k, self.vocab_size)
         body = {
             "model": self.model_id,
@@ -146,8 +145,8 @@ def find_model(cards: list[dict[str, Any]], model: str | None, url: str) -> dict
     if Path(str(model)).is_dir():
         return cards[0]
     raise ValueError(
-        f"{url} serves {', '.join(card['id'] for card in cards)}, and not {model}. Name one of these as `teacher_model`, or a "
-        "folder here with its tokenizer."
+        f"{url} serves {', '.join(card['id'] for card in cards)}, and not {model}. Name one of these as "
+        "`teacher_model`, or a folder here with its tokenizer."
     )
 
 
@@ -156,7 +155,8 @@ def read_scores(answer: Any, start: int, ids: list[int], top_k: int) -> TokenSco
     The scores of the tokens `ids`, which come after `start` others.
 
     Raises:
-        `ValueError`: unless there is one log-probability for each token, and of the likeliest as many as were asked for.
+        `ValueError`: unless there is one log-probability for each token, and of the likeliest as many as were asked
+        for.
     """
     try:
         (choice,) = answer["choices"]

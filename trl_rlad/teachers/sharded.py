@@ -14,7 +14,7 @@ from .local import WrappedTeacher
 
 
 def zero3_inference_config(hidden_size: int, dtype: torch.dtype, offload: str) -> dict[str, Any]:
-    """DeepSpeed configuration of a model that is only read, with its shards on the device or, by `offload="cpu"`, the host."""
+    """DeepSpeed configuration of a model that is only read; by `offload="cpu"` its shards are on the host."""
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 10 * hidden_size,  # norms stay whole, matrices are always sharded
@@ -46,10 +46,8 @@ class ShardedTeacher(WrappedTeacher):
 
 
 class ZeRO3Teacher(ShardedTeacher):
-    """
-    A [`LocalTeacher`] whose parameters are spread over the processes by DeepSpeed ZeRO-3 from the moment they are
-    loaded, so that no process ever holds them all. Its DeepSpeed configuration is its own, whatever the student's.
-    """
+    """A [`LocalTeacher`] whose parameters are spread over the processes by DeepSpeed ZeRO-3 from the moment they are
+    loaded, so that no process ever holds them all. Its DeepSpeed configuration is its own, whatever the student's."""
 
     @cached_property
     def deepspeed_config(self):
@@ -76,10 +74,8 @@ class ZeRO3Teacher(ShardedTeacher):
 
 
 class FSDPTeacher(ShardedTeacher):
-    """
-    A [`LocalTeacher`] whose parameters are spread over the processes by FSDP, as TRL spreads its reference model, and
-    under FSDP2 layer by layer.
-    """
+    """A [`LocalTeacher`] whose parameters are spread over the processes by FSDP, as TRL spreads its reference model,
+    and under FSDP2 layer by layer."""
 
     def load(self):
         # Otherwise transformers would leave the weights of all processes but the first to be sent by the Trainer

@@ -67,7 +67,8 @@ class Teacher(Protocol):
         top_k: int = 0,
         images: list[dict[str, torch.Tensor]] | None = None,
     ) -> list[TokenScores]:
-        """Log-probabilities of the completions' tokens, and of the `top_k` likeliest in their place, in one micro-batch."""
+        """Log-probabilities of the completions' tokens, and of the `top_k` likeliest in their place, in one
+        micro-batch."""
 
     def find_image_problem(self, student: ProcessorMixin) -> str | None:
         """Why it can't read the images that the student's processor prepares, or `None` if it can."""

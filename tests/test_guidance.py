@@ -1,0 +1,135 @@
+"""`guide` and `Objective` without any trainer, on values worked out by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trl_rlad.objective.clipping import Clipping
+from trl_rlad.objective.guidance import Scores, guide, kl_mask
+from trl_rlad.objective.schedule import Objective
+
+
+OBJECTIVE = Objective(
+    alpha=0.5,
+    teacher_log_ratio_clip=1.0,
+    teacher_credit=False,
+    teacher_kl_coef=0.0,
+    teacher_kl_coef_final=None,
+    teacher_kl="reverse",
+    teacher_top_k=2,
+    teacher_kl_on="all",
+    distillation_fraction=0.0,
+)
+# Two completions, the first rewarded; the teacher hasn't scored the last token of the second
+LOGPS = torch.tensor([[-1.0, -2.0], [-0.5, -1.0]], requires_grad=True)
+OLD = torch.tensor([[-1.0, -2.4], [-0.5, -1.0]])
+TEACHER = torch.tensor([[-0.5, -6.0], [-1.3, 0.0]])
+MASK = torch.tensor([[True, True], [True, False]])
+ADVANTAGES = torch.tensor([2.0, -1.0])
+SCORES = Scores(TEACHER, MASK, kl_on=torch.tensor([False, True]))
+
+
+def run(objective, scores=SCORES, clipping=None, progress=0.0):
+    return guide(objective.at(progress), LOGPS, OLD, scores, ADVANTAGES, clipping)
+
+
+def test_the_ratio_is_to_a_mixture_of_the_old_policy_and_the_teacher():
+    guidance = run(OBJECTIVE)
+    # (-1 - .5) / 2; the teacher's -6 is brought to -2 - 1 = -3; (-.5 - 1.3) / 2; the old policy's without a score
+    torch.testing.assert_close(guidance.anchor, torch.tensor([[-0.75, -2.7], [-0.9, -1.0]]))
+    assert guidance.advantages is None and guidance.penalty is None
+    log_ratio, weights = guidance.tokens["teacher/log_ratio"]
+    torch.testing.assert_close(log_ratio, torch.tensor([[-0.5, 4.0], [0.8, 0.0]]))
+    assert weights is MASK and guidance.tokens["teacher/clamped"][0].tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert guidance.tokens["teacher/log_ratio_rewarded"][1].tolist() == [[True, True], [False, False]]
+    assert guidance.tokens["teacher/log_ratio_punished"][1].tolist() == [[False, False], [True, False]]
+
+
+def test_alpha_1_changes_nothing():
+    assert run(replace(OBJECTIVE, alpha=1.0)) == (None, None, None, {}, {})
+    assert run(replace(OBJECTIVE, alpha=1.0), scores=None) == (None, None, None, {}, {})
+
+
+def test_half_of_the_teachers_weight_is_half_of_its_exponent():
+    anchor = run(OBJECTIVE, SCORES._replace(weight=torch.tensor([[0.5], [0.0]]))).anchor
+    torch.testing.assert_close(anchor, torch.tensor([[-0.875, -2.55], [-0.5, -1.0]]))
+
+
+def test_credit_weighs_the_advantages_and_leaves_the_ratio():
+    guidance = run(replace(OBJECTIVE, teacher_credit=True))
+    # By (anchor / old policy) where rewarded, its inverse where punished; the teacher is bounded around the old policy
+    expected = [[2 * math.exp(0.25), 2 * math.exp(-0.5)], [-math.exp(0.4), -1.0]]
+    torch.testing.assert_close(guidance.advantages, torch.tensor(expected))
+    assert guidance.anchor is None and not guidance.advantages.requires_grad
+
+
+def test_the_divergence_is_on_the_completions_that_have_it():
+    kl = replace(OBJECTIVE, alpha=1.0, teacher_kl_coef=0.3, teacher_log_ratio_clip=None)
+    guidance = run(kl, SCORES._replace(weight=torch.tensor([[1.0], [0.5]])))
+    # k2 of -0.5 - -1.3 = 0.8: 0.32, times 0.3 and the weight of its row
+    torch.testing.assert_close(guidance.penalty, torch.tensor([[0.0, 0.0], [0.3 * 0.5 * 0.32, 0.0]]))
+    (gradient,) = torch.autograd.grad(guidance.penalty.sum(), LOGPS)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [0.3 * 0.5 * 0.8, 0.0]]))
+    value, mask = guidance.tokens["teacher/kl"]  # without coefficient and weight
+    assert value.tolist() == [[0.0, 0.0], [pytest.approx(0.32), 0.0]] and mask.sum() == 1
+
+
+def test_named_tokens_are_compared_by_the_forward_divergence():
+    kl = replace(OBJECTIVE, alpha=1.0, teacher_kl_coef=1.0, teacher_kl="forward")
+    top = torch.tensor([0.6, 0.1]).log().expand(2, 2, 2)
+    # Of the one token with the divergence: the student gives the sampled one e^-0.5, and these as much as it and half
+    scores = SCORES._replace(top_logps=top, named_log_ratios=torch.tensor([[-1.0, -2.0]]))
+    student = [math.exp(-1.5), math.exp(-2.5)]
+    rest = 1 - sum(student)
+    expected = 0.6 * math.log(0.6 / student[0]) + 0.1 * math.log(0.1 / student[1]) + 0.3 * math.log(0.3 / rest)
+    torch.testing.assert_close(run(kl, scores).penalty, torch.tensor([[0.0, 0.0], [expected, 0.0]]))
+
+
+def test_distillation_takes_the_advantages_away_and_leaves_the_callers_alone():
+    guidance = run(replace(OBJECTIVE, distillation_fraction=0.5))
+    assert guidance.advantages.tolist() == [0.0, 0.0] and ADVANTAGES.tolist() == [2.0, -1.0]
+    assert guidance.anchor is None and guidance.causes == {}
+    # of coefficient 1 on all completions, bounded: |4| - 1/2
+    torch.testing.assert_close(guidance.penalty, torch.tensor([[0.125, 3.5], [0.32, 0.0]]))
+    assert run(replace(OBJECTIVE, distillation_fraction=0.5), progress=0.5).anchor is not None
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_what_is_clipped_and_by_whom(level):
+    guidance = run(OBJECTIVE, clipping=Clipping(0.2, 0.28, level, torch.ones(2, 2)))
+    # Log-ratios to the anchor -.25, .7; .4, 0, and to the old policy 0, .4; 0, 0. Clipped above log 1.28 = .247
+    expected = {"token": ([[0, 0], [0, 0]], [[0, 1], [0, 0]]), "sequence": ([[0], [0]], [[0], [0]])}[level]
+    assert guidance.causes["high_by_teacher"].int().tolist() == expected[0]
+    assert guidance.causes["high_by_policy"].int().tolist() == expected[1]
+    assert guidance.tokens["clip_ratio/high_by_policy"][1].shape == (2, 2 if level == "token" else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "progress", "expected"),
+    [
+        ({}, 0.3, {"ratio": True, "kl_coef": 0.0, "asks_teacher": True}),
+        ({"alpha": 1.0}, 0.3, {"ratio": False, "asks_teacher": False}),
+        ({"teacher_credit": True}, 0.3, {"ratio": False, "credit": True, "asks_teacher": True}),
+        ({"alpha": 1.0, "teacher_kl_coef": 0.4}, 1.0, {"kl_coef": 0.4, "top_k": 0, "asks_teacher": True}),
+        ({"teacher_kl_coef": 0.4, "teacher_kl_coef_final": 0.0}, 0.75, {"kl_coef": pytest.approx(0.1)}),
+        # not yet in the loss, but perhaps before the batch has been used up
+        ({"alpha": 1.0, "teacher_kl_coef_final": 0.2}, 0.0, {"kl_coef": 0.0, "has_kl": True, "asks_teacher": True}),
+        ({"distillation_fraction": 0.4}, 0.39, {"distilling": True, "ratio": False, "kl_coef": 1.0, "grades": True}),
+        ({"distillation_fraction": 0.4}, 0.4, {"distilling": False, "ratio": True, "kl_coef": 0.0}),
+        ({"alpha": 1.0, "distillation_fraction": 0.4}, 0.4, {"asks_teacher": False}),
+        ({"teacher_kl": "forward"}, 0.0, {"top_k": 0}),
+        ({"teacher_kl": "forward", "teacher_kl_coef": 0.1}, 0.0, {"top_k": 2}),
+    ],
+)
+def test_terms(settings, progress, expected):
+    terms = replace(OBJECTIVE, **settings).at(progress)
+    assert {name: getattr(terms, name) for name in expected} == expected
+
+
+def test_which_tokens_have_the_divergence():
+    failed = torch.tensor([False, True])
+    kl = replace(OBJECTIVE, teacher_kl_coef=0.1, distillation_fraction=0.5)
+    assert kl_mask(kl.at(0.0), MASK, failed).tolist() == MASK.tolist()
+    assert kl_mask(kl.at(0.5), MASK, failed).tolist() == [[False, False], [True, False]]
