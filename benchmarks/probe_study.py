@@ -37,9 +37,9 @@ METHODS = ("RLAD", "credit", "KDRL", "on-policy distillation", "RLAD + named", "
 
 HEAD = """# The probe beside the study
 
-`python benchmarks/probe_study.py`: figures of `trl-rlad probe` on {prompts} prompts with 8 completions each, taken before
-any training, in brackets their 95% intervals (bootstrap over prompts); below them, the gain of each method over GRPO after
-training, in points, from the runs of [the comparison](../../comparison.py).
+`python benchmarks/probe_study.py`: figures of `trl-rlad probe` on {prompts} prompts with 8 completions each, before
+any training, in brackets their 95% intervals (bootstrap over prompts); below them, the gain of each method over GRPO
+after training, in points, from the runs of [the comparison](../../comparison.py).
 """
 
 

@@ -1,7 +1,7 @@
 """
-For MkDocs: pages link to the repository's files as they lie, so that the links work where the repository is read.
-A file outside of `docs/` to which a page links is copied into the site. A link to nothing stays as it is, and the
-strict build refuses it.
+For MkDocs: pages link to the repository's files as they lie, so that the links work where the repository is read. What
+a page links to outside of `docs/` comes along into the site; a link to nothing stays as it is, and the strict build
+refuses it.
 """
 
 import re

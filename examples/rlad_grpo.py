@@ -72,8 +72,8 @@ class ScriptArguments:
     teacher_samples: int = field(
         default=0,
         metadata={
-            "help": "Number of times that the teacher answers each training puzzle first, to be believed only where it is "
-            "right. 0 believes it everywhere."
+            "help": "Number of times that the teacher answers each training puzzle first, to be believed only where "
+            "it is right. 0 believes it everywhere."
         },
     )
 

@@ -64,8 +64,8 @@ def watch_parameters(model):
 
 def shard_by_fsdp2(path, trainer, mixed_precision):
     """
-    The teacher as under an FSDP launch. On CPU, accelerate 1.15 runs such a launch as plain data parallelism, without a
-    word, so its state is given the plugin by hand; the sharding itself is real.
+    The teacher as under an FSDP launch. On CPU, accelerate 1.15 runs such a launch as plain data parallelism, without
+    a word, so its state is given the plugin by hand; the sharding itself is real.
     """
     trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=True

@@ -1,6 +1,6 @@
 """
-Run by each process of `test_distributed.py`: the first scores three rows of each family, the other one, and both save the
-largest differences from plain forward passes.
+Run by each process of `test_distributed.py`: the first scores three rows of each family, the other one, and both save
+the largest differences from plain forward passes.
 
     accelerate launch --config_file CONFIG families_worker.py OPTIONS_AS_JSON
 """

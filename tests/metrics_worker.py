@@ -1,5 +1,6 @@
 """
-Run by each process of `test_distributed.py`: two short runs, and what came of them: what this process was shown, and its log.
+Run by each process of `test_distributed.py`: two short runs, and what came of them: what this process was shown, and
+its log.
 
     torchrun --nproc-per-node 2 metrics_worker.py OPTIONS_AS_JSON
 """

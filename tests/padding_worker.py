@@ -1,5 +1,6 @@
 """
-Run by each process of `test_padding.py`: train with micro-batches of uneven lengths, and save the weights or gradients.
+Run by each process of `test_padding.py`: train with micro-batches of uneven lengths, and save the weights or
+gradients.
 
     accelerate launch --config_file CONFIG padding_worker.py OPTIONS_AS_JSON
 """

@@ -1,5 +1,6 @@
 """
-A teacher's server for the tests, over real sockets on 127.0.0.1: as much of vLLM's as is asked for, with faults by script.
+A teacher's server for the tests, over real sockets on 127.0.0.1: as much of vLLM's as is asked for, with faults by
+script.
 
     with TeacherServer(path) as server:
         server.faults = [status(503), nan]  # what becomes of the next answers, in turn; `server.fault`: of all of them

@@ -98,7 +98,9 @@ def adapted_students_of(folder, student):
 
 
 def assert_twins(results, students, teacher, **kwargs):
-    """Each step has the loss and the metrics that plain passes over the rows of both ranks give, and both ranks log them."""
+    """
+    Each step has the loss and the metrics that plain passes over the rows of both ranks give, and both ranks log them.
+    """
     for step, student in enumerate(students):
         rows = [row for result in results for row in result["rows"][step]]
         assert len(rows) == 8
@@ -325,7 +327,8 @@ def test_metrics_are_means_over_the_tokens_of_both_ranks(watched):
         left_out = ("teacher/top1", "teacher/entropy") if step else ()  # logged when the rows are scored
         for log in logs:
             twin.assert_logged(log, expected, left_out)
-        # The divergence is on the failed rows of each: neither rank's is the mean, and the ranks differ in their tokens
+        # The divergence is on the failed rows of each: neither rank's is the mean, and the ranks differ in their
+        # tokens
         assert all(abs(each["teacher/kl"] - expected["teacher/kl"]) > 1e-3 for each in alone)
     assert [len({row["reward"] > 0.5 for row in each}) for each in rows] == [2, 2]
 

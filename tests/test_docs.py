@@ -1,4 +1,6 @@
-"""What README and `docs/` tell a reader to type, and what they say of metrics and numbers, held against the code."""
+"""
+What the README and the pages of `docs/` tell a reader to type, and what they say about metrics, held against the code.
+"""
 
 import ast
 import inspect

@@ -118,7 +118,8 @@ def test_is_probed(base, tuned, tmp_path):
     execute(*probe, ROOT / "examples" / "rlad_grpo.py", *models, *SETTINGS, "--use_cpu", "true")
     figures = json.loads(output.read_text())
     assert figures["prompts"] == 4 and figures["completions"] == 16
-    # The student's own tokens are likelier to it, above all the first, as the teacher doesn't know the format. It was 1.4 and 6.8
+    # The student's own tokens are likelier to it, above all the first, as the teacher doesn't know the format. It was
+    # 1.4 and 6.8
     assert 0.7 < figures["gap"]["value"] < 2.8 and 3.4 < figures["gap_first"]["value"] < 14
 
 

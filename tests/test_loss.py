@@ -207,7 +207,8 @@ def test_tokens_of_tools_are_left_out(make_trainer):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_with_tokens_of_tools_loss_and_gradient_equal_the_paper(make_trainer, level):
-    # The reference KL is weighted by the ratio to the old policy, which at sequence level is a mean over the own tokens
+    # The reference KL is weighted by the ratio to the old policy, which at sequence level is a mean over the own
+    # tokens
     tool_mask = torch.ones(B, T, dtype=torch.long)
     tool_mask[:, 2:4] = 0
     batch = make_batch(tool_mask=tool_mask)

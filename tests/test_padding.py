@@ -188,7 +188,10 @@ def test_a_student_with_experts_keeps_the_rows_together_whose_load_is_balanced(m
 
 
 def make_images(counts, sizes):
-    """A batch as of Qwen-VL: rows with `counts` images each, of `sizes` patches; row i's patches hold 10 * i + which image."""
+    """
+    A batch as of Qwen-VL: rows with `counts` images each, of `sizes` patches; row i's patches hold 10 * i + which
+    image.
+    """
     patches = [
         torch.full((size, 3), 10.0 * i + j) for i, count in enumerate(counts) for j, size in enumerate(sizes[:count])
     ]

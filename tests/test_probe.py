@@ -322,7 +322,8 @@ def test_rescues_are_of_prompts_that_the_student_never_solves(probe, save_answer
     (tmp_path / "train.py").write_text(TAUGHT)
     student, teacher = save_answers("student", [0, 2, 4]), save_answers("teacher", [0, 1, 2, 3, 4])
     printed, figures = probe(student, teacher, "2", options=["--sample_teacher"])
-    # Half of the right completions are rewarded; the teacher solves 5 of 6 prompts, and 2 of 3 that the student doesn't
+    # Half of the right completions are rewarded; the teacher solves 5 of 6 prompts, and 2 of 3 that the student
+    # doesn't
     assert (figures["mean@1"]["value"], figures["pass@k"]["value"]) == (0.25, 0.5)
     assert figures["teacher_accuracy"] == pytest.approx(5 / 12, abs=1e-4)
     assert figures["teacher_rescues"] == pytest.approx(2 / 3, abs=1e-4)
@@ -362,7 +363,8 @@ def test_another_tokenizer_is_refused(probe, student_path, tmp_path):
 
 
 def test_the_command_line_is_quick():
-    loaded = "import sys; from trl_rlad.cli import main; main(['--help']); sys.exit(bool({'torch', 'trl'} & sys.modules.keys()))"
+    loaded = "import sys; from trl_rlad.cli import main; main(['--help']); "
+    loaded += "sys.exit(bool({'torch', 'trl'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
     assert result.returncode == 0 and "probe" in result.stdout
     with pytest.raises(SystemExit, match="no command 'prob'"):

@@ -170,7 +170,8 @@ def test_load_math(problems):
 
 
 def test_long_problems_are_left_out(problems, chat_model):  # noqa: F811
-    # A byte is a token. Roles and marks: "<|im_start|>user\n" is 1 + 5, "<|im_end|>\n" 2, "<|im_start|>assistant\n" 1 + 10
+    # A byte is a token. Roles and marks: "<|im_start|>user\n" is 1 + 5, "<|im_end|>\n" 2, "<|im_start|>assistant\n" 1
+    # + 10
     lengths = [len(f"What is {i}/2?{' ' * 50 * i}\n\n{INSTRUCTION}") + 19 for i in range(8)]
     train, *_ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4])
     assert sorted(train["solution"]) == [rf"\boxed{{\frac{{{i}}}{{2}}}}" for i in range(5)]

@@ -14,7 +14,8 @@ import offline_distillation  # noqa: E402
 import rlad_grpo  # noqa: E402
 
 
-RUN = "--max_steps 4 --save_strategy steps --save_steps 2 --per_device_train_batch_size 16 --eval_size 6 --logging_steps 1"
+RUN = "--max_steps 4 --save_strategy steps --save_steps 2 --per_device_train_batch_size 16 --eval_size 6"
+RUN += " --logging_steps 1"
 
 
 @pytest.fixture

@@ -231,7 +231,8 @@ def test_gap_by_the_sign_of_the_advantage_and_what_the_teacher_names(run):
 def test_entropy_and_top1_are_those_of_the_teacher_alone(run):
     trainer, folder = run
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "teacher"), tiny.make_tokenizer()
-    # It names 8 tokens, and of these the student isn't told those at which either ends its turn, or that it doesn't know
+    # It names 8 tokens, and of these the student isn't told those at which either ends its turn, or that it doesn't
+    # know
     shared = torch.tensor([id not in (1, 2) and id < 32 for id in range(40)])
     for logged in (entry for entry in trainer.state.log_history if "reward" in entry):
         entropies, is_top1 = [], []

@@ -108,7 +108,8 @@ def test_a_scorer_does_not_outlive_training():
     code = (
         f"import sys; sys.path.insert(0, {ALONE!r}); from sandbox import Sandbox\n"
         f"sandbox = Sandbox('spiral_matrix', {CONFIG}, seconds=2.0, num_workers=1)\n"
-        "worker = sandbox._start(); print(worker.pid, flush=True); sandbox.workers.get(); sandbox.workers.put(worker)\n"
+        "worker = sandbox._start(); print(worker.pid, flush=True)\n"
+        "sandbox.workers.get(); sandbox.workers.put(worker)\n"
         "sandbox.score(['9**9**9**9'], [{'answer': '1'}])"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

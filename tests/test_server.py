@@ -16,7 +16,8 @@ from tenacity import wait_none
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
 
-from trl_rlad import RLADTrainer, cli, served_scorer
+from trl_rlad import RLADTrainer, cli
+from trl_rlad.scoring import served
 from trl_rlad.teachers import ServedTeacher, ServerError, client
 
 
@@ -144,7 +145,7 @@ def test_a_server_that_fails_is_not_asked_first_while_another_one_answers(serve,
     scorer, ids = make_scorer(tmp_path, *servers), torch.arange(4, 8)
     servers[0].fault = status(500)
     for _ in range(20):  # one after the other, so that both are idle and the first would be taken
-        future = scorer.teacher.submit(ids, ids)
+        future = scorer.teachers[""].submit(ids, ids)
         wait([future], timeout=5)
         assert future.done() or not future.cancel(), "it is asked in vain, over and over"
         assert future.result().logps.shape == (4,)
@@ -161,7 +162,9 @@ def wait_for(number, *servers):
 
 
 def count_at_once(servers, scorer, rows, number):
-    """The requests that each server has before any is answered, when it is scored, rightly, and so many are expected."""
+    """
+    The requests that each server has before any is answered, when it is scored, rightly, and so many are expected.
+    """
     batch, answering = make_batch(rows=rows, prompt=9), threading.Event()
 
     def hold(handler, answer):
@@ -197,13 +200,13 @@ def test_what_has_come_to_an_end_is_not_under_way(end, serve, tmp_path):
     scorer, ids = make_scorer(tmp_path, *servers), torch.arange(4, 8)
     faults = {"answered": right, "failed": status(500), "refused": status(400), "called back": stuck}
     servers[0].faults = [faults[end]] * 7
-    asked = [scorer.teacher.submit(ids, ids, url=servers[0].url) for _ in range(7)]
+    asked = [scorer.teachers[""].submit(ids, ids, url=servers[0].url) for _ in range(7)]
     if end == "called back":
         wait_for(7, *servers)
         assert all(future.cancel() for future in asked)
     else:
         assert all(isinstance(future.exception(), ValueError) == (end == "refused") for future in asked)
-    scorer.teacher.submit(ids, ids, url=servers[0].url).result()  # it is well again
+    scorer.teachers[""].submit(ids, ids, url=servers[0].url).result()  # it is well again
     servers[0].requests.clear()
     # Each row goes to the server with the fewest requests: both have none, so they share
     assert count_at_once(servers, scorer, 8, 8) == [4, 4]
@@ -475,7 +478,7 @@ def test_servers_that_are_gone_are_not_asked_for_every_row(serve, teacher_path, 
 def test_too_many_failed_rows_raise_after_all(serve, tmp_path, monkeypatch):
     server = serve()
     scorer = make_scorer(tmp_path, server, failure="grpo", patience=0.2)
-    monkeypatch.setattr(served_scorer, "LEAST_ROWS", 100)
+    monkeypatch.setattr(served, "LEAST_ROWS", 100)
     server.fault = status(500)
     for seed in range(2):
         batch = make_batch(seed)

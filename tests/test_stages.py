@@ -1,4 +1,6 @@
-"""First distillation, then reinforcement; and where a teacher is believed: `distillation_fraction` and `teacher_weight`."""
+"""
+First distillation, then reinforcement; and where a teacher is believed: `distillation_fraction` and `teacher_weight`.
+"""
 
 import pytest
 import tiny

@@ -84,7 +84,8 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, teacher_path):
 
 
 def test_a_revision_is_asked_for_everywhere(tmp_path, teacher_path, monkeypatch):
-    # The calls are recorded, as folders have no revisions; those of a Hub, which need a process of their own, are below
+    # The calls are recorded, as folders have no revisions; those of a Hub, which need a process of their own, are
+    # below
     asked = set()
 
     def record(cls, position):
@@ -197,7 +198,8 @@ def test_the_names_of_a_teacher_in_bfloat16(tmp_path, teacher_path):
         states = model.model(ids).last_hidden_state[0, 4:-1]
     logits = states.double() @ model.lm_head.weight.detach().double().T / 0.7
     expected = logits.log_softmax(-1)
-    # The logits are rounded to bfloat16, to 2**-9 of their size and of the normalizer's; all that comes after them isn't
+    # The logits are rounded to bfloat16, to 2**-9 of their size and of the normalizer's; all that comes after them
+    # isn't
     bound = 2**-8 * logits.abs().max().item()
     torch.testing.assert_close(scores.top_logps.double(), expected.gather(1, scores.top_ids), rtol=0, atol=bound)
     torch.testing.assert_close(scores.logps.double(), expected.gather(1, ids[0, 5:, None])[:, 0], rtol=0, atol=bound)
@@ -223,7 +225,9 @@ def test_the_students_base_as_teacher(tmp_path, student_path):
 
 
 def accelerator_of(distributed_type, zero_stage=None):
-    """A stand-in: these launches can't be had in one process without a GPU. `test_distributed.py` has the real ones."""
+    """
+    A stand-in: these launches can't be had in one process without a GPU. `test_distributed.py` has the real ones.
+    """
 
     class Stub:
         device = torch.device("cpu")
@@ -316,7 +320,7 @@ def test_a_teacher_that_runs_out_of_memory_takes_smaller_batches(tmp_path, teach
     scorer = tiny.make_scorer(teacher, 1000)
     scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
     torch.testing.assert_close(scores, naive_scores(teacher_path, batch, 1.0), rtol=0, atol=1e-5)
-    assert "`teacher_tokens_per_batch=" in caplog.text and scorer.tokens_per_batch < 60
+    assert "`teacher_tokens_per_batch=" in caplog.text and scorer.scorers[""].tokens_per_batch < 60
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -67,7 +67,8 @@ def test_the_loss_scores_once_and_then_reads_the_old_log_probs():
 
 
 def test_every_use_of_the_old_log_probs_in_the_loss_is_known():
-    # Its reading, its default, the off-policy mask's default, and the ratio: a new use needs a decision in trl_rlad/_trl
+    # Its reading, its default, the off-policy mask's default, and the ratio: a new use needs a decision in
+    # trl_rlad/_trl
     code = re.sub(r"#.*", "", LOSS)
     assert len(re.findall(r"\bold_per_token_logps\b", code)) == 7
     # the ratio: token level, sequence level, VESPO
@@ -131,8 +132,12 @@ def test_batch_keys():
 
 @pytest.mark.parametrize(
     "attribute",
-    ["_metrics", "_logs", "reward_weights", "reward_func_names", "num_generations_eval", "_tokenizer", "_is_vlm", "eos_token_ids", "epsilon_low", "epsilon_high", "importance_sampling_level", "temperature", "_buffered_inputs", "_step", "_entropy_bonus_enabled", "aux_loss_enabled", "top_entropy_quantile", "pad_to_multiple_of"],
-)  # fmt: skip
+    (
+        "_metrics _logs reward_weights reward_func_names num_generations_eval _tokenizer _is_vlm "
+        "eos_token_ids epsilon_low epsilon_high importance_sampling_level temperature _buffered_inputs _step "
+        "_entropy_bonus_enabled aux_loss_enabled top_entropy_quantile pad_to_multiple_of"
+    ).split(),
+)
 def test_attributes_of_the_trainer(attribute):
     assert re.search(rf"\bself\.{attribute}\b( =|,)", SOURCE)
 

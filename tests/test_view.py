@@ -29,7 +29,9 @@ def record(text="ok", gap=0.0, advantage=1.0, clipped=0, step=1, group=0):
 
 
 class Page(HTMLParser):
-    """Checks that all elements are closed; keeps their names, and the classes and hover texts of tokens by their text."""
+    """
+    Checks that all elements are closed; keeps their names, and the classes and hover texts of tokens by their text.
+    """
 
     def __init__(self, page):
         super().__init__()

@@ -55,7 +55,9 @@ def make_chat_tokenizer(chat_template=CHAT_TEMPLATE):
 
 
 def make_processor(patch_size=4):
-    """Qwen's, which is this one but for videos, for which it needs torchvision: patches of 4, and 2 by 2 in a token."""
+    """
+    Qwen's, which is this one but for videos, for which it needs torchvision: patches of 4, and 2 by 2 in a token.
+    """
     image_processor = Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=2, min_pixels=64, max_pixels=256)
     return PaddleOCRVLProcessor(image_processor, make_chat_tokenizer(), chat_template=CHAT_TEMPLATE)
 
@@ -150,7 +152,9 @@ def save_model(path, seed, tokenizer=None, **kwargs):
 
 
 def save_table(path, scores):
-    """Save a model whose next token is by the last one alone: `scores` (V, V) are its logits, by the last and the next."""
+    """
+    Save a model whose next token is by the last one alone: `scores` (V, V) are its logits, by the last and the next.
+    """
     model = make_model(0, vocab_size=len(scores), hidden_size=len(scores), scale=0.0)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(torch.eye(len(scores)))
@@ -177,7 +181,9 @@ async def async_reward(completion_ids, **kwargs):
 
 
 def expect_metrics(trainer):
-    """A list that gets what `teacher/log_ratio` and `teacher/kl` are to be at each loss, by a plain pass of the student."""
+    """
+    A list that gets what `teacher/log_ratio` and `teacher/kl` are to be at each loss, by a plain pass of the student.
+    """
     expected, compute_loss, args = [], trainer.compute_loss, trainer.args
 
     def watched(model, batch, *rest, **kwargs):

@@ -1,4 +1,7 @@
-"""What a run should have logged, from what its reward function was shown: plain passes of its models, row by row, in float64."""
+"""
+What a run should have logged, from what its reward function was shown: plain passes of its models, row by row, in
+float64.
+"""
 
 import math
 from collections import defaultdict
@@ -45,7 +48,9 @@ def advantages(rows, group=4):
 
 
 def divergence(now, theirs, id, k, shared=32, clip=1.0):
-    """At one token: forward on the teacher's `k` likeliest that are shared, or with `k=0` graded on the sampled one."""
+    """
+    At one token: forward on the teacher's `k` likeliest that are shared, or with `k=0` graded on the sampled one.
+    """
     if k == 0:
         x = abs(now[id] - theirs[id]).item()
         return x * x / 2 if x <= clip else clip * (x - clip / 2)

@@ -189,7 +189,7 @@ class Probe:
 
     def _predict(self, num_prompts, guide):
         """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing anywhere.
-        Returns the number of prompts: with several processes, accelerate fills up the last batch with the first ones."""
+        Returns the number of prompts: on several processes, accelerate fills up the last batch with the first."""
         trainer, data = self.trainer, self.trainer.train_dataset
         if isinstance(data, Dataset):
             data = data.shuffle(seed=trainer.args.seed).select(range(min(num_prompts, len(data))))

@@ -66,7 +66,7 @@ class ServedRowScorer(RowScorer):
                 if self.on_failure == "raise":
                     raise ServerError(
                         f"The teacher has no answer: {error}. Start its server and go on from the last checkpoint, "
-                        "with `resume_from_checkpoint`. With `on_teacher_failure='grpo'` such rows train without the "
+                        'with `resume_from_checkpoint`. With `on_teacher_failure="grpo"` such rows train without the '
                         "teacher."
                     ) from error
                 scores.append(None)
