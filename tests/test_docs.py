@@ -144,6 +144,14 @@ def test_what_the_diffs_convert_runs_before_and_after(was, side, tmp_path, monke
     assert any(name.startswith("teacher/") for name in logs[0]) == (side == "after")
 
 
+def test_the_worked_example_prints_what_the_page_says(capsys):
+    text = (ROOT / "docs/architecture.md").read_text()
+    section = text[text.index("## One token") : text.index("## Glossary")]
+    (_, _, source), (_, _, output) = BLOCK.findall(section)
+    exec(source, {})
+    assert capsys.readouterr().out == output
+
+
 def test_readme_links():
     for link in re.findall(r"\]\(([^)#\s]+)(?:#\S+)?\)", (ROOT / "README.md").read_text()):
         assert link.startswith("https://") or (ROOT / link).exists(), link
