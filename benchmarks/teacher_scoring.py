@@ -121,7 +121,7 @@ def bare_teacher(model: Qwen3ForCausalLM, args: RLADConfig, accelerator: Acceler
     teacher.args, teacher.accelerator, teacher.vocab_size = args, accelerator, model.config.vocab_size
     teacher.name, teacher.max_length = "random", model.config.max_position_embeddings
     add_fused_lm_head(model.requires_grad_(False).eval())
-    teacher.head, teacher.model = FusedHead(model, temperature=1.0), teacher.prepare(model)
+    teacher.fused_head, teacher.model = FusedHead(model, temperature=1.0), teacher.prepare(model)
     return teacher
 
 
@@ -161,7 +161,7 @@ def make_ways(
         for chunk in dense_ids.split(rows_at_once):
             states = teacher.model.base_model(input_ids=chunk, use_cache=False).last_hidden_state.flatten(0, 1)
             share = scored * chunk.numel() // dense_ids.numel()
-            teacher.head(states[:share], chunk.flatten()[:share])
+            teacher.fused_head(states[:share], chunk.flatten()[:share])
 
     def without_signal(share):
         # Of all choices of that many groups, one that leaves out just about that share of the tokens

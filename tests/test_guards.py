@@ -91,7 +91,7 @@ def test_rollouts_that_did_not_come_by_the_teacher(mode, make_trainer, monkeypat
     # as a mixin that makes them its own way
     theirs = GRPOTrainer._generate_and_score_completions
     monkeypatch.setattr(RLADTrainer, "_generate_and_score_completions", theirs)
-    with pytest.raises(RuntimeError, match="rollouts did not come by the teacher"):
+    with pytest.raises(RuntimeError, match="rollouts were not scored by the teacher"):
         make_trainer(**mode).train()
 
 

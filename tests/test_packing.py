@@ -100,4 +100,4 @@ def test_micro_batches_keep_to_their_window(lengths, rows, batches):
 
 def test_hand_worked_micro_batches():
     # In the first window of four, 9 and 5 come first, then of the two 2s the one with the longer prompt
-    assert micro_batches([1, 1, 1, 3, 1, 1], [2, 5, 9, 2, 7, 8], rows=2, window=4) == [[2, 1], [3, 0], [5, 4]]
+    assert micro_batches([1, 1, 1, 3, 1, 1], [2, 5, 9, 2, 7, 8], size=2, window=4) == [[2, 1], [3, 0], [5, 4]]

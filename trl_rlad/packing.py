@@ -109,10 +109,10 @@ def cut_shared(prompt_length: int, completion_lengths: Sequence[int], budget: in
 
 
 def micro_batches(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[int], rows: int, window: int
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[int], size: int, window: int
 ) -> list[list[int]]:
     """
-    Cut items into micro-batches of `rows` of similar lengths, moving none out of its window.
+    Cut items into micro-batches of `size` of similar lengths, moving none out of its window.
 
     Prompts are padded on the left and completions on the right, so a micro-batch is as wide as its longest prompt and
     its longest completion together. Completions vary more: they are what is sorted by.
@@ -120,7 +120,7 @@ def micro_batches(
     Args:
         prompt_lengths (`Sequence[int]`), completion_lengths (`Sequence[int]`):
             Token counts of each item.
-        rows (`int`):
+        size (`int`):
             Items of a micro-batch. If they don't divide the number of items, the last one is smaller.
         window (`int`):
             Items among which order is free.
@@ -132,4 +132,4 @@ def micro_batches(
     for start in range(0, len(completion_lengths), window):
         items = range(start, min(start + window, len(completion_lengths)))
         order += sorted(items, key=lambda item: (-completion_lengths[item], -prompt_lengths[item]))
-    return [order[start : start + rows] for start in range(0, len(order), rows)]
+    return [order[start : start + size] for start in range(0, len(order), size)]

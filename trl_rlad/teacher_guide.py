@@ -112,7 +112,7 @@ class TeacherGuide(Guide):
                 "Make it with a `teacher_model`, and with the settings in which the teacher has the largest part."
             )
         if self.scorer is not None and "teacher_mask" not in batch:
-            raise loss_is_patched("its rollouts did not come by the teacher")
+            raise loss_is_patched("its rollouts were not scored by the teacher")
         clipping = None
         if trainer.loss_type in CLIPPED_LOSS_TYPES:
             level = trainer.importance_sampling_level

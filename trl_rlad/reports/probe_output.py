@@ -83,7 +83,7 @@ def print_report(figures: dict):
     console = Console()
     console.print(
         f"{figures['completions']} completions of {figures['prompts']} prompts, {figures['tokens']} tokens; the "
-        f"teacher has no say on {figures['tokens_without_say']}. Student: {figures['student']}; teacher: "
+        f"teacher has scored all but {figures['tokens_without_say']}. Student: {figures['student']}; teacher: "
         f"{figures['teacher']}.",
         highlight=False,
         markup=False,

@@ -82,7 +82,8 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 20_
             "mean of |advantage| times |log(student / teacher)|, bounded by 1. Point at a token for its figures.</p>"
             f'<p class="legend tokens">log(student / teacher): {legend}\n'
             '<span class="teacher">clipped by the teacher alone</span>  '
-            f'<span class="policy">clipped by the policy</span>  <span class="mute">no say</span></p>{cards}'
+            '<span class="policy">clipped by the policy</span>  '
+            f'<span class="mute">not scored by the teacher</span></p>{cards}'
         )
     if len(parts) == 1:
         parts.append(
@@ -143,7 +144,7 @@ def _token(text, logp, teacher_logp, clipped):
     classes, facts = [], [f"student {_percent(logp)}"]
     if teacher_logp is None:
         classes.append("mute")
-        facts.append("the teacher has no say")
+        facts.append("not scored by the teacher")
     else:
         gap = logp - teacher_logp
         depth = sum(abs(gap) > step for step in STEPS)

@@ -134,7 +134,7 @@ class LocalTeacher:
     def set_up(self, model: PreTrainedModel):
         """Freeze the model, give it its fused LM head and its place."""
         add_fused_lm_head(model.requires_grad_(False).eval(), temperature=self.args.temperature)
-        self.head, self.lm_head = FusedHead(model, self.args.temperature), LMHead(model, self.args.temperature)
+        self.fused_head, self.lm_head = FusedHead(model, self.args.temperature), LMHead(model, self.args.temperature)
         self.model = self.prepare(model)
 
     def load(self) -> PreTrainedModel:
@@ -242,7 +242,7 @@ class LocalTeacher:
     def release(self):
         """Let the weights go. They are loaded again when the teacher is to score again; a model object stays."""
         if isinstance(self.source, str) and self.model is not None:
-            self.model = self.head = self.lm_head = None
+            self.model = self.fused_head = self.lm_head = None
             torch.cuda.empty_cache()
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class LocalTeacher:
             labels = torch.cat(completions).to(self.accelerator.device)
             if top_k:
                 return split_scores(lengths, *self.lm_head.top_k(states, labels, top_k))
-            logps = self.head(states, labels).float()  # TRL's, which is fast but for one token only
+            logps = self.fused_head(states, labels).float()  # TRL's, which is fast but for one token only
             return split_scores(lengths, logps, labels.new_empty(len(labels), 0), logps.new_empty(len(labels), 0))
 
     def _run(self, **inputs):
