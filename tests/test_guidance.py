@@ -116,7 +116,11 @@ def test_what_is_clipped_and_by_whom(level):
         ({"teacher_kl_coef": 0.4, "teacher_kl_coef_final": 0.0}, 0.75, {"kl_coef": pytest.approx(0.1)}),
         # not yet in the loss, but perhaps before the batch has been used up
         ({"alpha": 1.0, "teacher_kl_coef_final": 0.2}, 0.0, {"kl_coef": 0.0, "has_kl": True, "asks_teacher": True}),
-        ({"distillation_fraction": 0.4}, 0.39, {"distilling": True, "ratio": False, "kl_coef": 1.0, "grades": True}),
+        (
+            {"distillation_fraction": 0.4},
+            0.39,
+            {"distilling": True, "ratio": False, "kl_coef": 1.0, "scores_advantages": True},
+        ),
         ({"distillation_fraction": 0.4}, 0.4, {"distilling": False, "ratio": True, "kl_coef": 0.0}),
         ({"alpha": 1.0, "distillation_fraction": 0.4}, 0.4, {"asks_teacher": False}),
         ({"alpha": 1.0, "distillation_fraction": 1.0}, 1.0, {"distilling": True, "asks_teacher": True}),

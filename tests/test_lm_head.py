@@ -50,7 +50,7 @@ def reference(model, ids, temperature):
 
 def listen(model, head, ids):
     seen = []
-    with head.listen(seen.append):
+    with head.on_hidden_states(seen.append):
         model(input_ids=ids)
     model(input_ids=ids)  # nobody listens any more
     assert len(seen) == 1
@@ -99,7 +99,7 @@ def test_log_ratios_and_their_gradients(name, chunk, monkeypatch):
     (expected * weights).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    with head.listen(lambda states: found.append(head.log_ratios(states[0, :-1], labels, ids))):
+    with head.on_hidden_states(lambda states: found.append(head.log_ratios(states[0, :-1], labels, ids))):
         found = []
         model(input_ids=IDS)
     (found[0] * weights).sum().backward()

@@ -55,7 +55,7 @@ def test_only_what_is_known_to_have_failed_counts_as_failed(make_trainer):
     trainer = make_trainer(teacher_kl_coef=0.1, teacher_kl_on="failed")
     nan = float("nan")
     rewards = torch.tensor([[1.0], [0.0], [nan], [-1.0]])
-    assert trainer._select_kl_rows(rewards).tolist() == [False, True, False, True]
+    assert trainer.guide.select_for_kl(rewards).tolist() == [False, True, False, True]
 
 
 def test_a_reward_that_never_succeeds_is_said_so(student_path, teacher_path, tmp_path, caplog):

@@ -187,6 +187,28 @@ def test_a_teacher_prompt_that_is_too_long_is_refused(student_path, tmp_path):
         train(student_path, teacher, dataset, tmp_path)
 
 
+@pytest.mark.parametrize("reward", [tiny.reward, tiny.async_reward])
+def test_without_a_teacher_prompt_the_teacher_reads_what_the_student_has_read(reward, student_path, tmp_path):
+    # which a rollout function or an environment may have made, and not the dataset
+    def roll_out(prompts, trainer):
+        completions = [[5, 6, 10 + i, 1] for i in range(len(prompts))]
+        return {"prompt_ids": [[7, 8, 9]] * len(prompts), "completion_ids": completions, "logprobs": None}
+
+    dataset = make_dataset(prompts=["w9 w8", None])
+    args = tiny.make_config(tmp_path, per_device_train_batch_size=8, max_steps=1, shuffle_dataset=False)
+    trainer = RLADTrainer(student_path, reward, args, dataset, teacher_model=student_path, rollout_func=roll_out)
+    trainer.seen = tiny.watch_batches(trainer)
+    trainer.train()
+    ((batch, rows),) = trainer.seen
+    ids = [trainer.processing_class(row["teacher_prompt"] or "w3 w4 w5")["input_ids"] for row in rows]
+    prompts = pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
+    plain = batch | {"prompt_ids": prompts, "prompt_mask": (prompts != 0).long()}
+    expected = naive_log_probs(student_path, plain, 1.0).gather(2, batch["completion_ids"][..., None])[..., 0]
+    mask = batch["teacher_mask"]
+    assert len({len(each) for each in ids}) == 2 and mask.any(1).sum() > 4
+    torch.testing.assert_close(batch["teacher_per_token_logps"][mask], expected[mask], rtol=0, atol=1e-5)
+
+
 def test_images_belong_to_the_prompt(tmp_path):
     student, teacher = (tiny.save_vision_model(tmp_path / str(seed), seed) for seed in (0, 1))
     dataset = tiny.make_image_dataset([1])
@@ -219,7 +241,7 @@ def test_adapters_of_one_base_share_it(reward, offload, student_path, teacher_pa
     trainer = train(student_path, teachers, dataset, tmp_path / "out", reward, teacher_offload=offload, max_steps=4)
     paths = {**merged, "small": teacher_path}
     assert assert_scores(trainer, lambda row: paths[row["teacher_id"]]) == set(paths.values())
-    bases = trainer.teacher_scorer.teachers["plus"].bases
+    bases = trainer.teacher_scorer.teachers["one.a"].bases
     assert not bases, "when training has ended, nobody holds the base any more"
 
     scorers = trainer.teacher_scorer.scorers

@@ -82,6 +82,7 @@ class RolloutLog(TrainerCallback):
 
     The groups are the first ones with signal of the last generation batch, those of the main process. They go to
     `rollouts/rollouts_STEP.parquet` in the run's folder, one row for each completion: see [`describe_rollouts`].
+    STEP is that of the log; what student and teacher make of a completion is of the last loss before it.
 
     Args:
         trainer ([`RLADTrainer`]):

@@ -43,6 +43,7 @@ class TeacherGuide(Guide):
         self.trainer, self.scorer, self.rollout_log = trainer, scorer, rollout_log
         self.is_required = scorer is not None
         self._batches_without_success = 0
+        self._prompts: list[list[int] | None] | None = None  # what `begin` has tokenized
 
     @property
     def terms(self) -> Terms:
@@ -59,7 +60,9 @@ class TeacherGuide(Guide):
         masks = [
             [0] * len(mask) if row.get("teacher_weight") == 0 else mask for row, mask in zip(rows, masks, strict=True)
         ]
-        prompts = self.teacher_prompts(rows) or rollouts.prompt_ids
+        prompts, self._prompts = rollouts.prompt_ids, self.teacher_prompts(rows)
+        if self._prompts is not None:
+            prompts = [own or ids for own, ids in zip(self._prompts, prompts, strict=True)]
         self.scorer.begin(prompts, rollouts.completion_ids, masks, terms.top_k, self.teacher_ids(rows))
         return self.scorer.score_early()
 
@@ -76,7 +79,7 @@ class TeacherGuide(Guide):
             self.scorer.release()  # distillation is over, and the reward has the rest to itself
             return {**batch, "teacher_mask": torch.zeros_like(batch["completion_mask"], dtype=torch.bool)}
         # Without advantage a token contributes nothing to the policy term, whatever the teacher says
-        wanted = (two_dimensional(batch["advantages"]) != 0) & terms.grades
+        wanted = (two_dimensional(batch["advantages"]) != 0) & terms.scores_advantages
         if terms.has_kl:
             batch = {**batch, "teacher_kl_on": self.select_for_kl(rewards_per_func)}
             wanted = wanted | batch["teacher_kl_on"].unsqueeze(1) | terms.distilling
@@ -84,7 +87,7 @@ class TeacherGuide(Guide):
             weights = read_weights([row.get("teacher_weight") for row in rows])
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
-        prompts = None if self.scorer.has_begun else self.teacher_prompts(rows)
+        prompts = self._prompts if self.scorer.has_begun else self.teacher_prompts(rows)
         scores = self.scorer.score(batch, loss_mask(batch) * wanted, terms.top_k, prompts, self.teacher_ids(rows))
         self._log_scoring(batch, scores)
         return {**batch, **scores}
@@ -99,7 +102,8 @@ class TeacherGuide(Guide):
         ids, top_ids = batch["completion_ids"], batch["teacher_top_ids"]
 
         def look_up(hidden_states):
-            states = hidden_states[:, -ids.size(1) - 1 : -1]  # the state at position t predicts token t + 1
+            # Over prompt and completion, the state at position t predicts token t + 1
+            states = hidden_states[:, -ids.size(1) - 1 : -1]
             batch["named_log_ratios"] = head.log_ratios(states[mask], ids[mask], top_ids[mask])
 
         return head.on_hidden_states(look_up)
@@ -145,11 +149,14 @@ class TeacherGuide(Guide):
         assert self.scorer is not None
         return None if "" in self.scorer.scorers else [row.get("teacher_id") for row in rows]
 
-    def teacher_prompts(self, rows: list[dict]) -> list[list[int]] | None:
-        """Token ids of the rows' prompts as the teacher is to read them, if for any row these are others."""
-        if not any(row.get("teacher_prompt") for row in rows):
+    def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
+        """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
+        given = [row.get("teacher_prompt") for row in rows]
+        if not any(given):
             return None
-        return self.trainer.tokenize_prompts([row.get("teacher_prompt") or row["prompt"] for row in rows])
+        # TRL tokenizes one prompt for each row
+        ids = self.trainer.tokenize_prompts([prompt or next(filter(None, given)) for prompt in given])
+        return [own if prompt else None for own, prompt in zip(ids, given, strict=True)]
 
     def select_for_kl(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         """Which of this process's completions have the divergence, bool of shape `(B,)`."""

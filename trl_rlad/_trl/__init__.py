@@ -1,5 +1,6 @@
 """
-The only module that touches what TRL keeps private. `tests/test_trl_contract.py` pins every name used here.
+The only room that touches TRL's private methods and attributes, but for class attributes that are set by their name in
+`config.py` and `trainer.py`. `tests/test_trl_contract.py` pins every name used here.
 
 - `GRPOTrainer._generate_and_score_completions`: its dict is shuffled, split and buffered; what is added goes along.
 - `GRPOTrainer._tokenize_prompts`, which returns token ids first.

@@ -19,7 +19,8 @@ def loss_is_patched(problem: str) -> RuntimeError:
 
 
 class _Watched(dict):
-    """The batch that TRL's loss receives. It knows which of the substituted values TRL has not read."""
+    """The batch that TRL's loss receives. It knows which of the substituted values TRL has not read, by `[]` or `get`.
+    That a value was read doesn't tell what was made of it."""
 
     def __init__(self, batch: dict):
         super().__init__(batch)
@@ -41,7 +42,7 @@ class _Watched(dict):
 # TRL adds `self.beta * per_token_kl` to the loss of each token, before it averages over tokens in the way of the loss
 # type (there are five ways). This is the one place where a term of ours is averaged as TRL averages, without a copy of
 # its code. So for the length of one call `self.beta` is a number that
-# - is never equal to 0, since TRL leaves the product out then, whatever `beta` is;
+# - is `!= 0.0`, whatever the user's `beta` is, since TRL leaves the product out otherwise;
 # - multiplies the KL from the reference model by the user's `beta` and a weight (`LossCall._correct_reference_kl`);
 # - adds the penalty to this product.
 # TRL then reads `ref_per_token_logps` and logs a metric `kl`, also where there is no reference model: `LossCall` gives
@@ -63,16 +64,16 @@ class LossCall:
     """
     What [`Guidance`] substitutes in one call of TRL's loss on a micro-batch, `inputs`.
 
-    There are two copies of it, as TRL hands out the same buffered dict again with several iterations or accumulation
-    steps: `batch` is ours, to read and to write into, and `watched` is TRL's alone, so that what is read there, TRL
-    has read. The trainer's `beta` and `args.use_bias_correction_kl` may be replaced until `restore` is called.
+    There are two copies of it, as TRL hands out the same buffered dict again with `num_iterations` above 1: `batch` is
+    ours, to read and to write into, and `watched` is TRL's alone, so that what is read there, TRL has read. The
+    trainer's `beta` and `args.use_bias_correction_kl` may be replaced until `restore` is called.
     """
 
     def __init__(self, trainer: Any, inputs: dict):
         self.trainer = trainer
         self.batch, self.watched = dict(inputs), _Watched(inputs)
         self.has_asked = False  # whether the loss has asked for the student's log-probabilities
-        self.beta, self.use_bias_correction_kl = trainer.beta, trainer.args.use_bias_correction_kl
+        self.users_beta, self.use_bias_correction_kl = trainer.beta, trainer.args.use_bias_correction_kl
 
     def substitute(self, guidance: Guidance, per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor):
         """Put what the guidance changes where TRL will read it."""
@@ -98,13 +99,13 @@ class LossCall:
         # `use_bias_correction_kl` weights the reference KL by the ratio of the loss, to turn an expectation under the
         # old policy into one under the current policy. With an anchor that ratio is not an importance weight anymore.
         trainer = self.trainer
-        if self.beta != 0.0 and self.use_bias_correction_kl:
+        if self.users_beta != 0.0 and self.use_bias_correction_kl:
             if trainer.importance_sampling_level == "sequence":
                 policy_log_ratio = sequence_log_ratio(policy_log_ratio, loss_mask(self.batch))
             self._replace_beta().weight = policy_log_ratio.exp()
             trainer.args.use_bias_correction_kl = False
 
-    def finish(self):
+    def check(self):
         """
         Take back what TRL has logged of a reference model that isn't there.
 
@@ -114,7 +115,7 @@ class LossCall:
         trainer, beta = self.trainer, self.trainer.beta
         if self.watched.unread or isinstance(beta, _Beta) and not beta.is_used:
             raise loss_is_patched("the loss did not read what the teacher had put into it")
-        if isinstance(beta, _Beta) and self.beta == 0.0:
+        if isinstance(beta, _Beta) and self.users_beta == 0.0:
             metrics = trainer._metrics["train" if trainer.model.training else "eval"]
             metrics["kl"].pop()
             if not metrics["kl"]:  # none that a reward function has logged by this name
@@ -122,4 +123,4 @@ class LossCall:
 
     def restore(self):
         """Put the trainer's `beta` and its setting back."""
-        self.trainer.beta, self.trainer.args.use_bias_correction_kl = self.beta, self.use_bias_correction_kl
+        self.trainer.beta, self.trainer.args.use_bias_correction_kl = self.users_beta, self.use_bias_correction_kl

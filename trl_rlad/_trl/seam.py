@@ -27,7 +27,7 @@ class Rollouts(NamedTuple):
 
 class Guide:
     """
-    What a [`GuidedGRPOTrainer`] asks, in this order. This one changes nothing, not even a bit.
+    What a [`GuidedGRPOTrainer`] asks, in this order. This one leaves the loss bit for bit GRPO's.
 
     Once in each generation batch, in training and in evaluation:
 
@@ -83,7 +83,7 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
 
     _generation_call: _GenerationCall | None = None
     _loss_call: LossCall | None = None
-    _has_guided = False  # whether `guide` has been called in this step
+    _has_guided = False  # whether the loss of this step has come to `guide`
 
     def _generate_and_score_completions(self, inputs):
         self._generation_call = call = _GenerationCall(inputs)
@@ -129,7 +129,7 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         self._loss_call = call = LossCall(self, inputs)
         try:
             loss = super()._compute_loss(model, call.watched)
-            call.finish()
+            call.check()
         finally:
             self._loss_call = None
             call.restore()
@@ -152,7 +152,7 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         if self.model.training and torch.is_grad_enabled() and not per_token_logps.requires_grad:
             raise loss_is_patched("the student's log-probabilities carry no gradient")
         old_per_token_logps = call.batch.get("old_per_token_logps")
-        if old_per_token_logps is None:  # on-policy without vLLM, TRL saves the forward pass
+        if old_per_token_logps is None:  # the rollouts are the current policy's, and TRL saves the forward pass
             old_per_token_logps = per_token_logps.detach()
         guidance = self.guide.guide(per_token_logps, old_per_token_logps, call.batch)
         call.substitute(guidance, per_token_logps, old_per_token_logps)
@@ -197,7 +197,8 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         return values[self.accelerator.process_index * size :][:size]
 
     def log_means(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]):
-        """Log the mean over all processes of each metric, given as its values and their weights."""
+        """Log the mean over all processes of each metric, given as its values and their weights. All processes call it
+        at once, with the same names in the same order."""
         if not metrics:
             return
         totals = torch.stack([torch.stack([(v * w).sum(), w.sum()]) for v, w in metrics.values()]).float()

@@ -17,22 +17,19 @@ class Scores(NamedTuple):
     mask: torch.Tensor  # (B, T), bool: tokens that the teacher has scored
     kl_on: torch.Tensor | None = None  # (B,), bool: completions that have the divergence
     top_logps: torch.Tensor | None = None  # (B, T, k), of its likeliest tokens, if it names them
-    named_log_ratios: torch.Tensor | None = (
-        None  # (N, k), how much likelier these are to the student than the sampled one
-    )
+    named_log_ratios: torch.Tensor | None = None  # (N, k), the student's log p(named) - log p(sampled)
     weight: torch.Tensor | None = None  # (B, 1), factor in [0, 1] of all that the teacher adds
 
 
 class Guidance(NamedTuple):
     """What changes in GRPO's loss of a micro-batch. Left at `None`, nothing does."""
 
-    anchor: torch.Tensor | None = None  # (B, T), what the policy is compared with in the place of the old policy
+    # (B, T), what the policy is compared with in the place of the old policy; with gradient where the clamp is active
+    anchor: torch.Tensor | None = None
     advantages: torch.Tensor | None = None  # (B,) or (B, T), in the place of the reward's
     penalty: torch.Tensor | None = None  # (B, T), added to the loss of each token, as the KL from a reference model is
     tokens: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # values to look at, and the weights of their means
-    causes: dict[
-        str, torch.Tensor
-    ] = {}  # what the clipping drops, see [`clip_causes`]; empty where nothing is clipped
+    causes: dict[str, torch.Tensor] = {}  # what the clipping drops, see `clip_causes`
 
 
 def kl_mask(terms: Terms, mask: torch.Tensor, kl_on: torch.Tensor) -> torch.Tensor:

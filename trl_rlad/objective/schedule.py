@@ -12,21 +12,21 @@ class Terms:
     teacher_log_ratio_clip: float | None  # in nats
     ratio: bool  # whether the likelihood ratio is TRRD's
     credit: bool  # whether the teacher weighs the advantages instead
-    has_kl: bool  # whether the divergence is in the loss, or may be before a generation batch made now is used up
+    has_kl: bool  # whether a batch generated now is scored for the divergence, see `Objective.at`
     kl_coef: float  # its coefficient now
     kl_on: str  # "all", or "failed": the completions that have it once distillation is over
     top_k: int  # number of tokens that the teacher names; 0 for a divergence that grades the sampled one
     distilling: bool  # whether the advantages are zero, so that the divergence is all there is
 
     @property
-    def grades(self) -> bool:
-        """Whether tokens with an advantage are to be scored in a generation batch made now."""
+    def scores_advantages(self) -> bool:
+        """Whether a batch generated now is scored where it has an advantage: distillation may end while it is used."""
         return self.alpha < 1.0
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether any tokens are to be scored in a generation batch made now."""
-        return self.grades or self.has_kl
+        """Whether a batch generated now is scored at all."""
+        return self.scores_advantages or self.has_kl
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,14 @@ class Objective:
         start, end = self.teacher_kl_coef, self.teacher_kl_coef_final
         kl_coef = start if end is None else (1.0 - progress) * start + progress * end
         kl_coef = 1.0 if distilling else kl_coef
-        has_kl, grades = bool(kl_coef or end), self.alpha < 1.0 and not distilling
+        # The coefficient may be 0 now and rise while a batch that is generated now is used
+        has_kl = bool(kl_coef or end)
+        compares = self.alpha < 1.0 and not distilling
         return Terms(
             alpha=self.alpha,
             teacher_log_ratio_clip=self.teacher_log_ratio_clip,
-            ratio=grades and not self.teacher_credit,
-            credit=grades and self.teacher_credit,
+            ratio=compares and not self.teacher_credit,
+            credit=compares and self.teacher_credit,
             has_kl=has_kl,
             kl_coef=kl_coef,
             kl_on=self.teacher_kl_on,

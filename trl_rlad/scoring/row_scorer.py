@@ -42,7 +42,7 @@ class RowScorer:
     ):
         self.teacher, self.accelerator, self.tokens_per_batch = teacher, accelerator, tokens_per_batch
         self.contract = contract or TokenContract(teacher)
-        self.seconds = self.waited = 0.0  # what the last call of `score` took, and in it, the wait for early scores
+        self.seconds = 0.0  # that the last call of `score` took, and the wait for early scores with it
         self._early: dict[tuple, TokenScores] = {}  # for the next call,
         self._waited = 0.0  # and how long they were waited for
 
@@ -84,8 +84,7 @@ class RowScorer:
         scores = self._score_with_all_processes(list(missing.values()), top_k)
         known = self._early | dict(zip(missing, scores, strict=True))
         self._early = {}
-        self.waited, self._waited = self._waited, 0.0
-        self.seconds = time.perf_counter() - start + self.waited
+        self.seconds, self._waited = time.perf_counter() - start + self._waited, 0.0
         return [known[key] for key in keys]
 
     def _score_with_all_processes(self, rows: list[Row], top_k: int) -> Sequence[TokenScores | None]:

@@ -1,6 +1,5 @@
 """From a padded rollout batch to its teachers' log-probabilities, and back."""
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -48,14 +47,12 @@ class TeacherScorer(TrainerCallback):
     Attributes:
         calls (`int`):
             Number of calls of `score`.
-        seconds (`float`):
-            Time the last one took, and the wait for early scores with it.
     """
 
     def __init__(self, scorers: dict[str, RowScorer], timeout: float = 1800.0):
         self.scorers, self.timeout = scorers, timeout
         self._contracts = [scorer.contract for scorer in scorers.values()]
-        self.calls, self.seconds, self.has_trained = 0, 0.0, False
+        self.calls, self.has_trained = 0, False
         # The rows that `begin` has made for the next call of `score`, by their place in the batch
         self._rows: list[Row | None] | None = None
         self._numbers, self._top_k = torch.zeros(0, dtype=torch.long), 0
@@ -65,6 +62,11 @@ class TeacherScorer(TrainerCallback):
     def teachers(self) -> dict[str, Teacher]:
         """The teachers by name."""
         return {name: scorer.teacher for name, scorer in self.scorers.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Time that the teachers took in the last call of `score`, and the wait for early scores with it."""
+        return sum(scorer.seconds for scorer in self.scorers.values())
 
     @property
     def failed_rows(self) -> int:
@@ -126,7 +128,7 @@ class TeacherScorer(TrainerCallback):
         batch: dict[str, torch.Tensor],
         mask: torch.Tensor,
         top_k: int = 0,
-        prompts: Sequence[Sequence[int]] | None = None,
+        prompts: Sequence[Sequence[int] | None] | None = None,
         teacher_ids: Sequence[str | None] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
@@ -138,9 +140,9 @@ class TeacherScorer(TrainerCallback):
                 Tokens for which the teacher's log-probability is wanted. Rows without any are not scored at all.
             top_k (`int`, *optional*, defaults to `0`):
                 Number of the teacher's likeliest tokens to return beside each.
-            prompts (`Sequence[Sequence[int]]`, *optional*):
-                Token ids of each row's prompt as its teacher is to read it. `None` takes those of the batch. Not read
-                after `begin`.
+            prompts (`Sequence[Sequence[int] | None]`, *optional*):
+                Token ids of each row's prompt as its teacher is to read it. `None`, of a row or of all, takes those of
+                the batch. Not read after `begin`.
             teacher_ids (`Sequence[str | None]`, *optional*):
                 Names of the rows' teachers. `None` for a single teacher.
 
@@ -154,11 +156,9 @@ class TeacherScorer(TrainerCallback):
 
         Raises:
             `ValueError`: if a token id lies beyond the teacher's vocabulary, a row beyond its positions, or it can't
-            read the
-                images.
+                read the images.
             `FloatingPointError`: if the teacher returns a log-probability that isn't finite.
         """
-        start = time.perf_counter()
         ids = batch["completion_ids"]
         numbers = self._number(teacher_ids, len(ids))
         mask = mask.bool()
@@ -174,7 +174,6 @@ class TeacherScorer(TrainerCallback):
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
             scores = [iter(scorer.score(of_scorer, top_k)) for scorer, of_scorer in parts]
         result = self._pad(ids, mask, rows, numbers.tolist(), scores, top_k)
-        self.seconds = time.perf_counter() - start + sum(scorer.waited for scorer in self.scorers.values())
         return result if teacher_ids is None else result | {"teacher_index": numbers.to(ids.device)}
 
     def _make_rows(self, batch, mask, prompts) -> list[Row | None]:
@@ -183,11 +182,11 @@ class TeacherScorer(TrainerCallback):
         images, wanted = split_images(batch), mask.cpu()
         if begun is not None and not any(images):
             return [row if is_wanted else None for row, is_wanted in zip(begun, wanted.any(1).tolist(), strict=True)]
-        if prompts is not None and any(images):
+        prompts = prompts or [None] * len(images)
+        if any(own is not None and image for own, image in zip(prompts, images, strict=True)):
             raise ValueError("A row with images can't have a `teacher_prompt`: its images belong to the prompt.")
-        prompts = (
-            unpad(batch["prompt_ids"], batch["prompt_mask"]) if prompts is None else list(map(torch.tensor, prompts))
-        )
+        read = unpad(batch["prompt_ids"], batch["prompt_mask"])
+        prompts = [ids if own is None else torch.tensor(own) for ids, own in zip(read, prompts, strict=True)]
         completions = unpad(batch["completion_ids"], batch["completion_mask"])
         return [
             make_row(prompt, completion, of_row[: len(completion)], row_images)

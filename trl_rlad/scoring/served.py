@@ -49,7 +49,7 @@ class ServedRowScorer(RowScorer):
 
     def _call_back(self):
         for future in self._sent.values():
-            future.cancel()
+            future.cancel()  # of a coroutine: that ends its request
         self._sent = {}
 
     def _score_with_all_processes(self, rows: list[Row], top_k: int) -> Sequence[TokenScores | None]:
