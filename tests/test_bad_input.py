@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from trl import GRPOConfig
@@ -219,6 +220,12 @@ def _(place):
     place.trainer(teacher="base", teacher_offload="cpu", trainer_kwargs={"peft_config": lora})
 
 
+@refused("trainer", '`teacher_model="base"` of which biases train', "move with the student", '`bias="none"`')
+def _(place):
+    lora = LoraConfig(target_modules=["q_proj"], r=2, bias="all")
+    place.trainer(teacher="base", trainer_kwargs={"peft_config": lora})
+
+
 @refused("trainer", "`teacher_server_urls` with `temperature=0.7`", "vLLM", "`temperature=1.0`", "`teacher_model`")
 def _(place):
     place.trainer(teacher_server_urls="http://localhost:8000", temperature=0.7)
@@ -263,6 +270,19 @@ def _(place):
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(dataset=dataset.add_column("teacher_weight", [1.5] * len(dataset)))
+
+
+@refused("dataset", "a `teacher_weight` of 2 in an evaluation set", "column `teacher_weight` must be in [0, 1]")
+def _(place):
+    data = tiny.make_dataset(4).add_column("teacher_weight", [1.0, 1.0, 2.0, 1.0])
+    place.trainer(trainer_kwargs={"eval_dataset": {"easy": tiny.make_dataset(4), "hard": data}})
+
+
+@refused("dataset", "prompts of an evaluation set longer than the teacher's positions", "64 positions")
+def _(place):
+    data = Dataset.from_list([{"prompt": " ".join(["w1"] * 60)}] * 4)
+    teacher = str(place.copy_of_teacher(positions=64))
+    place.trainer(teacher=teacher, trainer_kwargs={"eval_dataset": data}, max_completion_length=8)
 
 
 @refused(

@@ -24,7 +24,7 @@ from trl_rlad.teachers import ServedTeacher, ServerError, client
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(client, "WAIT", wait_none())
-    monkeypatch.setenv("VLLM_API_KEY", "open-sesame")
+    monkeypatch.setenv("VLLM_API_KEY", "open-sesame\n")  # as in a file that a secret is mounted from
 
 
 @pytest.fixture

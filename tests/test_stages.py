@@ -161,6 +161,13 @@ def test_rows_of_weight_zero_are_grpo_bit_for_bit(settings, tmp_path, student_pa
     assert all(torch.equal(*pair) for pair in zip(weights(rlad), weights(grpo), strict=True))
 
 
+def test_our_columns_stay_when_unused_ones_are_removed(tmp_path, student_path, teacher_path):
+    dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32).add_column("other", [0] * 32)
+    rlad = train(student_path, teacher_path, tmp_path, dataset, remove_unused_columns=True)
+    grpo = train(student_path, teacher_path, tmp_path, alpha=1.0)
+    assert logged(rlad, "loss") == logged(grpo, "loss") and any(logged(grpo, "loss"))
+
+
 def test_rows_of_weight_zero_are_not_scored(tmp_path, student_path, teacher_path):
     dataset = tiny.make_dataset().map(lambda row, i: {"teacher_weight": float(i % 2)}, with_indices=True)
     trainer = train(student_path, teacher_path, tmp_path, dataset, teacher_kl_coef=0.1, max_steps=0)

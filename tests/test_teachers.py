@@ -20,6 +20,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
 )
 
@@ -222,6 +224,19 @@ def test_the_students_base_as_teacher(tmp_path, student_path):
     # no second copy: the teacher's parameters are the student's
     assert {id(p) for p in teacher.model.parameters()} == {id(p) for p in trainer.model.parameters()}
     assert "without the adapter" in teacher.name
+
+
+@pytest.mark.parametrize("positions", [6, 16])
+def test_a_teacher_of_few_learned_positions(positions, tmp_path, teacher_path):
+    # The check of its cache tries no row that is longer
+    config = GPT2Config(vocab_size=40, n_positions=positions, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    teacher = LocalTeacher(str(tmp_path / "gpt2"), tiny.make_config(tmp_path), Accelerator(cpu=True))
+    batch = make_batch(prompt=2, completion=4)
+    scores = tiny.make_scorer(teacher).score(batch, batch["completion_mask"])["teacher_per_token_logps"]
+    torch.testing.assert_close(scores, naive_scores(tmp_path / "gpt2", batch, 1.0), rtol=0, atol=1e-5)
 
 
 def accelerator_of(distributed_type, zero_stage=None):

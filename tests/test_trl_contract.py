@@ -124,6 +124,11 @@ def test_all_that_depends_on_which_rows_share_a_micro_batch_is_known():
     assert "if self.top_entropy_quantile < 1.0:" in code
 
 
+def test_columns_that_stay():
+    source = inspect.getsource(GRPOTrainer._set_signature_columns_if_needed)
+    assert 'self._signature_columns = ["prompt", "image", "images"]' in source
+
+
 def test_batch_keys():
     for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"):
         assert f'"{key}"' in inspect.getsource(GRPOTrainer._generate_and_score_completions)

@@ -88,6 +88,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             }"""),
     }
 
+    own_columns = ("teacher_id", "teacher_prompt", "teacher_weight")
     # What `trl-rlad probe` puts in the place of training and evaluation
     stand_in: Any = None
 
@@ -133,9 +134,11 @@ class RLADTrainer(GuidedGRPOTrainer):
     def _check_data(self, teachers):
         """Refuses datasets with a row of no teacher or a wrong weight. Streams are checked as they come."""
         is_routed = bool(teachers) and "" not in teachers
-        for dataset in (self.train_dataset, *_datasets(self.eval_dataset)):
+        for dataset in self._datasets():
             if not isinstance(dataset, Dataset):
                 continue
+            if "teacher_weight" in dataset.column_names:
+                read_weights(dataset["teacher_weight"])
             if is_routed:
                 check_teacher_ids(dataset, teachers)
             elif teachers and "teacher_id" in dataset.column_names:
@@ -143,8 +146,11 @@ class RLADTrainer(GuidedGRPOTrainer):
                     "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass "
                     "`teacher_model` as a dictionary of them by name."
                 )
-        if isinstance(self.train_dataset, Dataset) and "teacher_weight" in self.train_dataset.column_names:
-            read_weights(self.train_dataset["teacher_weight"])
+
+    def _datasets(self) -> list:
+        """What is trained and evaluated on."""
+        evaluation = self.eval_dataset
+        return [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
 
     def _create_scorer(self, teachers):
         if self.loss_type == "vespo" and not self.args.teacher_credit:
@@ -169,7 +175,8 @@ class RLADTrainer(GuidedGRPOTrainer):
         teacher = create_teacher(teacher_model, args, self.accelerator, lambda: self.model, tokenizer, urls, bases)
         processor: Any = self.processing_class if self.is_vision_language_model else None
         contract = TokenContract.between(tokenizer, teacher, self.eos_token_ids, processor)
-        contract.check_dataset(self.train_dataset, tokenizer, self.max_completion_length)
+        for dataset in self._datasets():
+            contract.check_dataset(dataset, tokenizer, self.max_completion_length)
         parts: Any = teacher, self.accelerator, args.teacher_tokens_per_batch, contract
         return ServedRowScorer(*parts, on_failure=args.on_teacher_failure) if urls else RowScorer(*parts)
 
@@ -259,10 +266,6 @@ def check_writable(folder: str):
         raise OSError(
             f"`output_dir={folder!r}` can't be written to, so the student couldn't be saved: {error}"
         ) from error
-
-
-def _datasets(dataset) -> Iterable:
-    return dataset.values() if isinstance(dataset, dict) else [dataset]
 
 
 def _share_weights(model, teacher_model) -> bool:

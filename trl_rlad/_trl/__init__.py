@@ -16,6 +16,7 @@ The only room that touches TRL's private methods and attributes, but for class a
   reference.
 - `Trainer._get_grad_norm`, which is called before the optimizer's step.
 - `GRPOTrainer._entropy_bonus_enabled`, `aux_loss_enabled`, `top_entropy_quantile` and `pad_to_multiple_of`.
+- `GRPOTrainer._set_signature_columns_if_needed`, which lists the columns that `remove_unused_columns` keeps.
 - `GRPOTrainer._logs`, whose `prompt` and `extra` are columns of the table of completions.
 - `GRPOTrainer._metrics`, `_tokenizer`, `_is_vlm`, `eos_token_ids`, `importance_sampling_level`, `epsilon_low` and
   `epsilon_high`; `_tag_names`, `_name` and `_paper`, which feed the model card.

@@ -79,11 +79,17 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
     _logs: dict[str, Any]
 
     guide: Guide = Guide()
+    own_columns: tuple[str, ...] = ()  # of a dataset, kept beside TRL's with `remove_unused_columns=True`
     generation_time = 0.0  # seconds that the last generation batch took, tools included
 
     _generation_call: _GenerationCall | None = None
     _loss_call: LossCall | None = None
     _has_guided = False  # whether the loss of this step has come to `guide`
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*self._signature_columns, *self.own_columns]
 
     def _generate_and_score_completions(self, inputs):
         self._generation_call = call = _GenerationCall(inputs)

@@ -56,6 +56,12 @@ def create_teacher(
                 '`teacher_model="base"` is the base model of a student that trains an adapter, but this one trains '
                 "all its weights. Pass `peft_config`, or the name or path of a teacher."
             )
+        biases = [getattr(config, "bias", "none") for config in get_student().peft_config.values()]
+        if trained := [bias for bias in biases if bias != "none"]:
+            raise ValueError(
+                f'With `bias="{trained[0]}"` the adapter trains weights of its base too, so `teacher_model="base"` '
+                'would move with the student. Set `bias="none"`, or pass the name or path of a teacher.'
+            )
         settings = {"teacher_zero_stage", "teacher_offload", "teacher_model_init_kwargs", "teacher_model_revision"}
         for name in sorted(settings):
             if getattr(args, name) not in (None, "none"):

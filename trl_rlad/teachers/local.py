@@ -194,8 +194,11 @@ class LocalTeacher:
         (those with linear attention or convolutions, in transformers 5.23), some keep their state in no cache at all
         (RWKV).
         """
-        tokens = torch.arange(1, 33) * 7919 % self.vocab_size
-        rows = [tokens[:24]] * 2, [tokens[24:], tokens[24:29]]
+        length = int(min(32, self.max_length))
+        if length < 8:
+            return False
+        tokens, start = torch.arange(1, length + 1) * 7919 % self.vocab_size, 3 * length // 4
+        rows = [tokens[:start]] * 2, [tokens[start:], tokens[start:-1]]
         with self.deepspeed(), self.placed():
             expected = self._run_rows(*rows)
             try:

@@ -47,7 +47,7 @@ class ServedTeacher:
 
     def __init__(self, urls: list[str], model: str | None, args: RLADConfig):
         self.args = args
-        self.servers = Servers(urls, args.teacher_timeout / 2, os.environ.get(KEY))
+        self.servers = Servers(urls, args.teacher_timeout / 2, (os.environ.get(KEY) or "").strip() or None)
         lists = [self.servers.submit("/v1/models", read_models, url=url) for url in urls]
         cards = [find_model(each.result(), model, url) for each, url in zip(lists, urls, strict=True)]
         self.model_id = cards[0]["id"]
