@@ -32,7 +32,7 @@ if utils._ChunkedLogProbFunction is None:  # TRL 1.15 has it for GPUs only
 
 
 def pytest_collection_finish():
-    """What was imported is never garbage. Each training has Python look for some, half a second long if among all that."""
+    """What was imported is no garbage. Each training has Python look for some: half a second long, among all that."""
     gc.collect()
     gc.freeze()
 

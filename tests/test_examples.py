@@ -106,6 +106,9 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_help():
-    stdout = run(ACCELERATE, "--help")
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [rlad_grpo.__file__, "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        rlad_grpo.main()
+    stdout = capsys.readouterr().out
     assert "--teacher_log_ratio_clip" in stdout and "--task" in stdout
