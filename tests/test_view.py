@@ -196,7 +196,8 @@ def test_the_picture_has_what_the_logs_have():
 
 
 def test_the_parts_of_the_page():
-    assert "There is nothing to see" in render([("run", [], [])])
+    body = re.search("<body>(.*)</body>", render([("run", [], [])]))[1]
+    assert body.startswith("<h1>What the teacher did</h1><p>There is nothing to see")
     log = [{"step": 1, "reward": 0.5}]
     curves, rollouts = render([("one", [], log), ("two", [], log)]), render([("run", [record()], [])])
     assert "<h2>Curves</h2>" in curves and "<h2>Rollouts</h2>" not in curves and "its band" not in curves
@@ -208,7 +209,12 @@ def test_the_parts_of_the_page():
     assert "5 of 5 groups" in page.text and page.text.count("run · step") == 5
     assert render([("run", [record(str(i), group=i) for i in range(5)], [])]).count("<details open>") == 3
     # A group that is longer than the page is shown all the same
-    assert list(Page(render([("run", [record("long")], [])], max_tokens=0)).tokens) == ["long"]
+    both = [record("long", group=0), record("longer", group=1)]
+    assert list(Page(render([("run", both, [])], max_tokens=0)).tokens) == ["long"]
+    unread = Page(render([("run", [record("x") | {"teacher_logps": [None]}], [])]))
+    assert "changed by 0.00" in unread.text and "nothing to see" not in unread.text
+    legend = " > 4.0  > 2.0  > 1.0  > 0.3  > 0.1  0  < -0.1  < -0.3  < -1.0  < -2.0  < -4.0 "
+    assert f"log(student / teacher): {legend}" in unread.text
 
 
 def test_command(tmp_path, capsys):
