@@ -55,6 +55,8 @@ def test_when_sharing_pays():
     # one long completion would pad the others: 100 + 4 * 400 = 1,700 against 4 * 100 + 3 * 10 + 400 = 830
     assert not sharing_pays(100, [10, 10, 10, 400])
     assert not sharing_pays(512, [64])
+    # A third exactly: 2 + 2 * 1 = 4 tokens against 2 * (2 + 1) = 6; and less: 3 against 4
+    assert sharing_pays(2, [1, 1]) and not sharing_pays(1, [1, 1])
 
 
 def count_cost(batches, lengths, budget):

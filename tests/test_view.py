@@ -192,7 +192,8 @@ def test_the_picture_has_what_the_logs_have():
     assert not {"scoring", "by the teacher", "rewarded"} & set(picture)
     svg = draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
     assert all(color in svg for color in COLORS) and "metadata" not in svg and "xmlns" not in svg
-    assert svg.startswith("<svg") and svg == draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
+    assert svg.startswith("<svg") and svg.count("<svg") == 1 and "currentColor" in svg and "XX" not in svg
+    assert svg == draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
 
 
 def test_the_parts_of_the_page():
