@@ -105,7 +105,7 @@ def test_five_of_the_unknown_tokens_are_named(caplog):
 
 
 def test_a_student_beyond_the_teachers_rows_is_refused():
-    message = "goes up to token id 31, but the teacher's vocabulary has only 31 rows. Choose"
+    message = "The student's tokenizer goes up to token id 31, but the teacher's vocabulary has only 31 rows. Choose"
     with pytest.raises(ValueError, match=message):
         TokenContract.between(tiny.make_tokenizer(), make_teacher(vocab_size=31), [1])
     assert TokenContract.between(tiny.make_tokenizer(), make_teacher(vocab_size=32), [1])
@@ -117,7 +117,8 @@ def make_row(prompt, completion, images=()):
 
 def test_rollouts_that_the_teacher_can_read():
     made = TokenContract(make_teacher())
-    assert made.unknown_ids.tolist() == [] and not made.can_be_named(torch.arange(32)).any()
+    assert made.unknown_ids.tolist() == [] and made.unknown_ids.dtype == torch.long
+    assert made.can_be_named(torch.arange(32)).dtype == torch.bool and not made.can_be_named(torch.arange(32)).any()
     made.check([])
     made.check([make_row([31] * 5, [31] * 5), make_row([1], [2], {"pixel_values": torch.ones(1)})])
     TokenContract(make_teacher(), image_problem="it is blind").check([make_row([1], [2])])
@@ -153,7 +154,7 @@ def test_data_is_as_long_as_its_longest_prompt_and_a_completion(column):
     )
     with pytest.raises(ValueError, match=message):
         check(columns, 5)
-    check(columns, None)
+    check(columns, None, max_length=6.0)
     with pytest.raises(ValueError, match="Prompts of 6 tokens and completions of up to None"):
         check(columns, None, max_length=5.0)
 
@@ -184,7 +185,7 @@ def test_the_longest_prompt():
     tokenizer = tiny.make_tokenizer()
     assert longest_prompt([], tokenizer) == 0
     # By the characters: of nine, the one with the fewest is not counted
-    words = ["w1 w1 w1", *["w" * 20] * 8]
+    words = ["w1 w1 w1", *["a" * 20] * 8]
     assert longest_prompt(words, tokenizer) == 1 and longest_prompt(words[:8], tokenizer) == 3
     parts = [{"type": "image"}, {"type": "text", "text": "w1 w2"}, {"type": "text", "text": None}]
     chat = [{"role": "user", "content": parts}, {"role": "user", "content": "w3"}, {"role": "user", "content": None}]
@@ -198,4 +199,22 @@ def test_processors_that_make_the_same_of_an_image_and_not():
     assert (
         re.fullmatch(r"its processor makes something else of an image than the student's \((.*) differ\)", problem)[1]
         == differ
+    )
+
+
+def test_what_processors_are_asked_and_what_they_leave_out():
+    def processor(chat_template, **tensors):
+        def apply_chat_template(messages, chat_template, **kwargs):
+            ((message,),) = messages
+            assert chat_template == "the student's" and message["content"][1] == {"type": "text", "text": "?"}
+            return tensors
+
+        return SimpleNamespace(chat_template=chat_template, apply_chat_template=apply_chat_template)
+
+    same = torch.ones(2)
+    student, teacher = processor("the student's", ids=same, mask=same), processor("the teacher's", ids=same)
+    assert find_image_problem(student, processor("the teacher's", ids=same, mask=same)) is None
+    assert "(mask differ)" in find_image_problem(student, teacher)
+    assert "(mask differ)" in find_image_problem(
+        processor("the student's", ids=same), processor("", ids=same, mask=same)
     )

@@ -118,11 +118,13 @@ def test_a_group():
         record("b", gap=-1.0, advantage=0.5) | {"reward": 0.25},
         record("a", gap=0.5, advantage=0.5),
     ]  # fmt: skip
+    records = [record | {"row": row} for row, record in enumerate(records)]
     card = _card(True, 0.125, "a<b", (3, 2), records)
     head = "<details open><summary>a&lt;b · step 3 · group 2 · changed by 0.12</summary>"
     assert card.startswith(f'{head}<div class="prompt">prompt of a</div><div class="row">')
     assert _card(False, 0.0, "", (1, 1), records).startswith("<details><summary>") and card.endswith("</details>")
     rows = re.findall('<div class="row"><div class="soft">(.*?)</div><div class="tokens">(.*?)</div></div>', card)
+    assert card.count('</div></div><div class="row">') == 3
     # The rewarded first, in the order of their tokens; the same one once
     assert [facts.split("<br>") for facts, _ in rows] == [
         ['<span class="up">A = +0.50</span> · reward 1', "mean +0.50"],
@@ -208,7 +210,8 @@ def test_the_parts_of_the_page():
     assert "its band" in render([("one", [], log), ("one", [], log)])
     page = Page(render([("run", [record(str(i), gap=0.01 * i, group=i) for i in range(5)], [])]))
     assert "5 of 5 groups" in page.text and page.text.count("run · step") == 5
-    assert render([("run", [record(str(i), group=i) for i in range(5)], [])]).count("<details open>") == 3
+    page = render([("run", [record(str(i), group=i) for i in range(5)], [])])
+    assert page.count("<details open>") == 3 and page.count("</details><details") == 4
     # A group that is longer than the page is shown all the same
     both = [record("long", group=0), record("longer", group=1)]
     assert list(Page(render([("run", both, [])], max_tokens=0)).tokens) == ["long"]
