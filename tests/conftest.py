@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import tiny
 import torch
@@ -27,6 +29,12 @@ class PlainLogProbs:
 
 if utils._ChunkedLogProbFunction is None:  # TRL 1.15 has it for GPUs only
     utils._ChunkedLogProbFunction = PlainLogProbs
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage. Each training has Python look for some: half a second long, among all that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
 """`guide` and `Objective` without any trainer, on values worked out by hand."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trl_rlad.objective.clipping import Clipping
+from trl_rlad.objective.clipping import Clipping, clip_causes, sequence_log_ratio
 from trl_rlad.objective.guidance import Scores, guide, kl_mask
 from trl_rlad.objective.schedule import Objective
 
@@ -31,8 +32,8 @@ ADVANTAGES = torch.tensor([2.0, -1.0])
 SCORES = Scores(TEACHER, MASK, kl_on=torch.tensor([False, True]))
 
 
-def run(objective, scores=SCORES, clipping=None, progress=0.0):
-    return guide(objective.at(progress), LOGPS, OLD, scores, ADVANTAGES, clipping)
+def run(objective, scores=SCORES, clipping=None, progress=0.0, advantages=ADVANTAGES):
+    return guide(objective.at(progress), LOGPS, OLD, scores, advantages, clipping)
 
 
 def test_the_ratio_is_to_a_mixture_of_the_old_policy_and_the_teacher():
@@ -90,7 +91,7 @@ def test_named_tokens_are_compared_by_the_forward_divergence():
 def test_distillation_takes_the_advantages_away_and_leaves_the_callers_alone():
     guidance = run(replace(OBJECTIVE, distillation_fraction=0.5))
     assert guidance.advantages.tolist() == [0.0, 0.0] and ADVANTAGES.tolist() == [2.0, -1.0]
-    assert guidance.anchor is None and guidance.causes == {}
+    assert guidance.anchor is None and guidance.causes == {} and guidance.tokens.keys() == {"teacher/kl"}
     # of coefficient 1 on all completions, bounded: |4| - 1/2
     torch.testing.assert_close(guidance.penalty, torch.tensor([[0.125, 3.5], [0.32, 0.0]]))
     assert run(replace(OBJECTIVE, distillation_fraction=0.5), progress=0.5).anchor is not None
@@ -124,7 +125,10 @@ def test_what_is_clipped_and_by_whom(level):
         ({"distillation_fraction": 0.4}, 0.4, {"distilling": False, "ratio": True, "kl_coef": 0.0}),
         ({"alpha": 1.0, "distillation_fraction": 0.4}, 0.4, {"asks_teacher": False}),
         ({"alpha": 1.0, "distillation_fraction": 1.0}, 1.0, {"distilling": True, "asks_teacher": True}),
+        ({"teacher_kl_coef": 0.4, "teacher_kl_coef_final": 0.2}, 0.5, {"kl_coef": pytest.approx(0.3)}),
+        ({"teacher_kl_on": "failed"}, 0.0, {"kl_on": "failed"}),
         ({"teacher_kl": "forward"}, 0.0, {"top_k": 0}),
+        ({"teacher_kl": "forward", "teacher_kl_coef": 0.1, "teacher_kl_coef_final": 0.0}, 1.0, {"top_k": 0}),
         ({"teacher_kl": "forward", "teacher_kl_coef": 0.1}, 0.0, {"top_k": 2}),
     ],
 )
@@ -138,3 +142,83 @@ def test_which_tokens_have_the_divergence():
     kl = replace(OBJECTIVE, teacher_kl_coef=0.1, distillation_fraction=0.5)
     assert kl_mask(kl.at(0.0), MASK, failed).tolist() == MASK.tolist()
     assert kl_mask(kl.at(0.5), MASK, failed).tolist() == [[False, False], [True, False]]
+
+
+def test_the_objective_of_a_configuration():
+    assert Objective.from_config(SimpleNamespace(**asdict(OBJECTIVE), learning_rate=1.0)) == OBJECTIVE
+
+
+def test_the_bound_on_the_teacher_is_that_of_the_settings():
+    bounded = replace(OBJECTIVE, teacher_log_ratio_clip=0.5, teacher_kl_coef=1.0)
+    guidance = run(bounded)
+    # The teacher's -6 is brought to -2.5 and its -1.3 to -1
+    torch.testing.assert_close(guidance.anchor, torch.tensor([[-0.75, -2.45], [-0.75, -1.0]]))
+    # 0.5 * (0.8 - 0.5 / 2)
+    torch.testing.assert_close(guidance.penalty, torch.tensor([[0.0, 0.0], [0.275, 0.0]]))
+    assert {"teacher/kl", "teacher/log_ratio", "teacher/clamped"} <= guidance.tokens.keys()
+
+
+def test_without_a_reward_a_token_is_neither_rewarded_nor_punished():
+    advantages = torch.tensor([0.0, 0.5])
+    tokens = run(OBJECTIVE, advantages=advantages).tokens
+    assert tokens["teacher/log_ratio_rewarded"][1].tolist() == [[False, False], [True, False]]
+    assert not tokens["teacher/log_ratio_punished"][1].any()
+    credit = run(replace(OBJECTIVE, teacher_credit=True), advantages=advantages)
+    torch.testing.assert_close(credit.advantages, torch.tensor([[0.0, 0.0], [0.5 * math.exp(-0.4), 0.5]]))
+
+
+@pytest.mark.parametrize("credit", [False, True])
+def test_advantages_of_tokens_are_taken_as_those_of_completions(credit):
+    objective, clipping = replace(OBJECTIVE, teacher_credit=credit), Clipping(0.2, 0.28, "token", MASK.float())
+    expected = run(objective, clipping=clipping)
+    guidance = run(objective, clipping=clipping, advantages=ADVANTAGES.unsqueeze(1).expand(2, 2))
+    torch.testing.assert_close(guidance._asdict(), expected._asdict())
+
+
+def test_credit_with_a_divergence_is_clipped_by_the_policy_alone():
+    objective = replace(OBJECTIVE, teacher_credit=True, teacher_kl_coef=1.0)
+    guidance = run(objective, clipping=Clipping(0.2, 0.28, "token", torch.ones(2, 2)))
+    torch.testing.assert_close(guidance.penalty, torch.tensor([[0.0, 0.0], [0.32, 0.0]]))
+    assert {"teacher/kl", "teacher/log_ratio"} <= guidance.tokens.keys()
+    assert {name: mask.sum() for name, mask in guidance.causes.items() if mask.any()} == {"high_by_policy": 1}
+    assert guidance.causes["high_by_policy"][0, 1]
+
+
+def test_what_the_teacher_alone_clips():
+    clipping = Clipping(0.2, 0.28, "token", MASK.float())
+    guidance = run(OBJECTIVE, clipping=clipping, advantages=-ADVANTAGES)
+    # Log-ratios to the anchor -.25, .7; .4, 0. Clipped below log .8 = -.223 where punished, above log 1.28 = .247 else
+    assert guidance.causes["low_by_teacher"].tolist() == [[True, False], [False, False]]
+    assert guidance.causes["high_by_teacher"].tolist() == [[False, False], [True, False]]
+    assert not guidance.causes["low_by_policy"].any() and not guidance.causes["high_by_policy"].any()
+    assert guidance.tokens["clip_ratio/high_by_teacher"][1] is clipping.mask and "teacher/clamped" in guidance.tokens
+
+
+def test_what_is_at_the_bound_is_not_clipped():
+    zero, advantages = torch.zeros(2, 1), torch.tensor([[1.0], [-1.0]])
+    assert not any(mask.any() for mask in clip_causes(zero, zero, advantages, 0.0, 0.0).values())
+    causes = clip_causes(advantages, zero, advantages, 0.0, 0.0)
+    assert causes["high_by_teacher"].tolist() == [[True], [False]]
+    assert causes["low_by_teacher"].tolist() == [[False], [True]]
+
+
+def test_the_log_ratio_of_a_sequence_is_the_mean_over_its_tokens():
+    log_ratio = torch.tensor([[1.0, 2.0, 6.0], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert sequence_log_ratio(log_ratio, mask).tolist() == [[3.0], [0.5], [0.0]]
+
+
+def test_each_tokens_own_names_are_compared_or_if_there_are_none_the_sampled_one():
+    kl = replace(OBJECTIVE, alpha=1.0, teacher_kl_coef=1.0, teacher_kl="forward")
+    top = torch.tensor([[[0.6, 0.1], [0.5, 0.2]], [[0.3, 0.3], [0.1, 0.1]]]).log()
+    ratios = torch.tensor([[-1.0, -2.0], [-0.5, -1.0], [-1.0, -0.8]])
+    scores = SCORES._replace(kl_on=torch.tensor([True, True]))
+    penalty = run(kl, scores._replace(top_logps=top, named_log_ratios=ratios)).penalty
+    expected = torch.zeros(2, 2)
+    for ratio, (row, token) in zip(ratios.tolist(), [(0, 0), (0, 1), (1, 0)], strict=True):
+        teacher = top[row, token].exp().tolist()
+        student = [math.exp(x + LOGPS[row, token].item()) for x in ratio]
+        pairs = zip([*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)], strict=True)
+        expected[row, token] = sum(p * math.log(p / q) for p, q in pairs)
+    torch.testing.assert_close(penalty, expected)
+    torch.testing.assert_close(run(kl, scores._replace(top_logps=top)).penalty, run(kl, scores).penalty)

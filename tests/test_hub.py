@@ -1,10 +1,13 @@
 """Uploads with the real `huggingface_hub` client, to a server on loopback that stands in for the Hub."""
 
+import os
+import pickle
 import subprocess
 import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,49 +21,99 @@ from trl_rlad.model_card import launch_command
 
 
 TESTS = Path(__file__).parent
-SETUP = f"import sys; sys.path.insert(0, {str(TESTS)!r}); sys.argv.append('')\n"
-TRAIN = """
-import tiny
-from trl_rlad import RLADTrainer
+# The client reads its environment when it is imported, so all of this is one process of its own, which pickles what
+# came of each stage and what is on the Hub thereafter
+STORY = """
+import os, pickle, sys, traceback
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 
-student, teacher, output_dir, token = sys.argv[1:5]
-config = tiny.make_config(
-    output_dir,
-    max_steps=2,
-    teacher_kl_coef=0.5,
-    teacher_kl_coef_final=0.1,
-    eval_strategy="steps",
-    eval_steps=1,
-    per_device_eval_batch_size=4,
-    push_to_hub=True,
-    hub_model_id="tester/pupil",
-    hub_token=token,
-    hub_strategy="end",
-    save_strategy="steps",
-    save_steps=1,
-)
-data = tiny.make_dataset()
-trainer = RLADTrainer(student, tiny.reward, config, data, data.select(range(4)), teacher_model=teacher)
-trainer.train()
-"""
-PUSH = TRAIN + "trainer.push_to_hub(dataset_name='puzzles/knights')\n"
-LOAD = """
+tests, student, teacher, folder = sys.argv[1:]
+sys.path.insert(0, tests)
+from hub_server import HubServer
+
+hub = HubServer().__enter__()
+environment = hub.env(Path(folder) / "home")
+os.environ.clear()
+os.environ.update(environment)
+
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_rlad import RLADTrainer
 
-model, tokenizer = (auto.from_pretrained("tester/pupil") for auto in (AutoModelForCausalLM, AutoTokenizer))
-local = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert all(torch.equal(value, local.state_dict()[name]) for name, value in model.state_dict().items())
-assert tokenizer("w0 w1").input_ids == [4, 5], tokenizer("w0 w1").input_ids
-"""
+output_dir, data, stages = Path(folder) / "out", tiny.make_dataset(), {}
 
 
-def run(hub, home, script, *args):
-    """Run `script` with `hub` as the Hub; the client reads its environment when it is imported."""
-    env = hub.env(home) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", SETUP + script, *map(str, args)], env=env, capture_output=True, text=True, timeout=300
+def stage(function):
+    requests, error = len(hub.requests), ""
+    with redirect_stdout(StringIO()) as stdout:
+        try:
+            function()
+        except Exception:
+            error = traceback.format_exc()
+    files = {str(path.relative_to(output_dir)): path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    stages[function.__name__] = {
+        "error": error,
+        "stdout": stdout.getvalue(),
+        "files": files,
+        "repos": {name: dict(repo) for name, repo in hub.repos.items()},
+        "requests": hub.requests[requests:],
+    }
+
+
+def train(token):
+    config = tiny.make_config(
+        output_dir,
+        max_steps=2,
+        teacher_kl_coef=0.5,
+        teacher_kl_coef_final=0.1,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+        push_to_hub=True,
+        hub_model_id="tester/pupil",
+        hub_token=token,
+        hub_strategy="end",
+        save_strategy="steps",
+        save_steps=1,
     )
+    global trainer
+    trainer = RLADTrainer(student, tiny.reward, config, data, data.select(range(4)), teacher_model=teacher)
+    trainer.train()
+
+
+@stage
+def refused_at_the_start():
+    train("hf_bad")
+
+
+@stage
+def refused_at_the_end():
+    train(hub.token)
+    hub.token = "revoked"
+    trainer.push_to_hub(dataset_name="puzzles/knights")
+
+
+@stage
+def pushed():
+    hub.token = trainer.args.hub_token
+    trainer.push_to_hub(dataset_name="puzzles/knights")
+
+
+@stage
+def loaded():
+    model, tokenizer = (auto.from_pretrained("tester/pupil") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    local = AutoModelForCausalLM.from_pretrained(output_dir)
+    assert all(torch.equal(value, local.state_dict()[name]) for name, value in model.state_dict().items())
+    assert tokenizer("w0 w1").input_ids == [4, 5], tokenizer("w0 w1").input_ids
+
+
+Path(folder, "stages").write_bytes(pickle.dumps(stages))
+"""
+TOKEN = "hf_good"
+ARRIVED = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
 
 
 @pytest.fixture
@@ -69,13 +122,24 @@ def hub():
         yield server
 
 
-def test_card_weights_and_tokenizer_arrive(hub, tmp_path, student_path, teacher_path):
-    output_dir = tmp_path / "out"
-    pushed = run(hub, tmp_path / "home", PUSH, student_path, teacher_path, output_dir, hub.token)
-    assert pushed.returncode == 0, pushed.stderr
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= hub.repos["tester/pupil"].keys()
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, student_path, teacher_path):
+    """A token that is refused before training and one that is after it, a push, and a download."""
+    folder = tmp_path_factory.mktemp("hub")
+    command = [sys.executable, "-c", STORY, str(TESTS), student_path, teacher_path, str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    stages = pickle.loads((folder / "stages").read_bytes())
+    return SimpleNamespace(**stages, log=run.stdout + run.stderr, folder=folder)
 
-    card = hub.repos["tester/pupil"]["README.md"].decode()
+
+def test_card_weights_and_tokenizer_arrive(stages, teacher_path):
+    assert not stages.pushed["error"]
+    there = stages.pushed["repos"]["tester/pupil"]
+    assert ARRIVED <= there.keys()
+
+    card = there["README.md"].decode()
     metadata = yaml.safe_load(card.split("---")[1])
     assert {"trl", "grpo", "rlad"} <= set(metadata["tags"]) and metadata["datasets"] == "puzzles/knights"
     for expected in (
@@ -96,39 +160,34 @@ def test_card_weights_and_tokenizer_arrive(hub, tmp_path, student_path, teacher_
         f"trl-rlad {version('trl-rlad')}, trl {version('trl')}",
     ):
         assert expected in card, expected
-    assert hub.repos["tester/pupil"]["training.png"].startswith(b"\x89PNG")
-    assert str(tmp_path) not in card and teacher_path not in card, "a local path has left the machine"
-
-    # The token is nowhere: not in the folder, its checkpoint or the pickled arguments, nor on the Hub, nor in the log
-    written = [path.read_bytes() for path in output_dir.rglob("*") if path.is_file()]
-    said = [pushed.stdout.encode(), pushed.stderr.encode()]
-    assert (output_dir / "checkpoint-1" / "training_args.bin").exists()
-    assert not any(hub.token.encode() in data for data in [*written, *hub.repos["tester/pupil"].values(), *said])
-
-    loaded = run(hub, tmp_path / "another_home", LOAD, output_dir)
-    assert loaded.returncode == 0, loaded.stderr
+    assert there["training.png"].startswith(b"\x89PNG")
+    assert str(stages.folder) not in card and teacher_path not in card, "a local path has left the machine"
 
 
-def test_a_token_refused_at_the_start_costs_no_training(hub, tmp_path, student_path, teacher_path):
-    refused = run(hub, tmp_path / "home", PUSH, student_path, teacher_path, tmp_path / "out", "hf_bad")
-    assert refused.returncode != 0 and "401" in refused.stderr
-    assert "'loss'" not in refused.stdout and not hub.repos
+def test_the_token_is_nowhere(stages):
+    # Not in the folder, its checkpoint or the pickled arguments, nor on the Hub, nor in the log
+    said = [stages.log]
+    said += [stage[name] for name in ("stdout", "error") for stage in (stages.refused_at_the_end, stages.pushed)]
+    assert "checkpoint-1/training_args.bin" in stages.pushed["files"]
+    written = [*stages.pushed["files"].values(), *stages.pushed["repos"]["tester/pupil"].values()]
+    assert not any(TOKEN.encode() in data for data in [*written, *(text.encode() for text in said)])
 
 
-def test_a_token_refused_at_the_end_loses_nothing(hub, tmp_path, student_path, teacher_path):
-    # The token is revoked by a server in the same process, after training
-    script = """
-import os, tempfile
-from hub_server import HubServer
-hub = HubServer().__enter__()
-os.environ.update(hub.env(tempfile.mkdtemp()))
-""" + TRAIN.replace("trainer.train()", "trainer.train()\nhub.token = 'revoked'\ntrainer.push_to_hub()")
-    output_dir = tmp_path / "out"
-    refused = run(hub, tmp_path / "home", script, student_path, teacher_path, output_dir, "hf_good")
-    assert refused.returncode != 0 and "401" in refused.stderr
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {
-        p.name for p in output_dir.iterdir()
-    }
+def test_what_was_pushed_is_loaded_again(stages):
+    assert not stages.loaded["error"]
+    fetched = [request for request in stages.loaded["requests"] if request.startswith("GET /tester/pupil/resolve/")]
+    assert any(request.endswith("/model.safetensors") for request in fetched)  # and not from the disk
+
+
+def test_a_token_refused_at_the_start_costs_no_training(stages):
+    refused = stages.refused_at_the_start
+    assert "401" in refused["error"] and "'loss'" not in refused["stdout"] and not refused["repos"]
+
+
+def test_a_token_refused_at_the_end_loses_nothing(stages):
+    refused = stages.refused_at_the_end
+    assert "401" in refused["error"] and "'loss'" in refused["stdout"]
+    assert ARRIVED <= refused["files"].keys() and "model.safetensors" not in refused["repos"]["tester/pupil"]
 
 
 def test_a_finished_folder_is_pushed_alone_and_an_upload_that_is_killed_loses_nothing(hub, tmp_path, make_trainer):

@@ -55,6 +55,8 @@ def test_when_sharing_pays():
     # one long completion would pad the others: 100 + 4 * 400 = 1,700 against 4 * 100 + 3 * 10 + 400 = 830
     assert not sharing_pays(100, [10, 10, 10, 400])
     assert not sharing_pays(512, [64])
+    # A third exactly: 2 + 2 * 1 = 4 tokens against 2 * (2 + 1) = 6; and less: 3 against 4
+    assert sharing_pays(2, [1, 1]) and not sharing_pays(1, [1, 1])
 
 
 def count_cost(batches, lengths, budget):
@@ -101,3 +103,9 @@ def test_micro_batches_keep_to_their_window(lengths, rows, batches):
 def test_hand_worked_micro_batches():
     # In the first window of four, 9 and 5 come first, then of the two 2s the one with the longer prompt
     assert micro_batches([1, 1, 1, 3, 1, 1], [2, 5, 9, 2, 7, 8], size=2, window=4) == [[2, 1], [3, 0], [5, 4]]
+
+
+def test_hand_worked_cut_shared():
+    # A prompt of 159: 11 completions would run at once, but on the cache 8 * 170 // 160 = 8; of 17, evenly, 6, 6 and 5
+    assert [len(batch) for batch in cut_shared(159, [1] * 17, 170)] == [6, 6, 5]
+    assert cut_shared(10, [1, 3, 2], 100) == [[1, 2, 0]]

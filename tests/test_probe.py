@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import warnings
 from math import isnan, log
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -13,7 +15,7 @@ from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.cli import main
-from trl_rlad.reports.probe import Estimate, recommend, report
+from trl_rlad.reports.probe import STUDY, Estimate, _contradicts, _is_lower, recommend, report
 
 
 EOS = 1
@@ -104,7 +106,9 @@ def test_a_teacher_that_is_the_student_is_no_better_than_chance():
 
 
 def test_nothing_to_compare_is_not_a_number():
-    figures = report([rollout(0, 1.0, 0.0, [-1.0], [None])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = report([rollout(0, 1.0, 0.0, [-1.0], [None])])
     assert all(isnan(value) for name in ("gap", "discrimination", "contradicted_failed") for value in figures[name])
 
 
@@ -124,6 +128,33 @@ def test_bounds_other_than_the_defaults_by_hand():
     unbounded = report([rewarded, punished], clip=None)
     assert unbounded["beyond_clip"].value == 0.0
     assert unbounded["clip_high@0.7"].value == 1 / 3  # exp(0.3 * (0.3, 0.6, 8)) = 1.09, 1.20, 11.02
+
+
+def test_groups_that_failed_throughout():
+    rewards = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [1.0, 1.0]}
+    rollouts = [rollout(group, reward, 0.0, [-1.0], [-1.0]) for group, both in rewards.items() for reward in both]
+    assert report(rollouts)["all_failed"].value == pytest.approx(2 / 3)
+    apart = [rollout(group, 0.0, 0.0, [-1.0], [-1.0 - group**2]) for group in range(12)]
+    assert report(apart)["gap"] == report(apart)["gap"]  # the same draws
+
+
+def test_the_bound_on_the_teacher_and_none():
+    rollouts = [rollout(0, 1.0, 1.0, [-1.0], [-9.0]), rollout(0, 0.0, -1.0, [-9.0], [-1.0])]
+    shares = ["clip_high@0.7", "clip_low@0.7", "beyond_clip"]
+    bounded, free = (report(rollouts, clip=clip, epsilon_low=0.3, epsilon_high=0.4) for clip in (1.0, None))
+    # exp(0.3) = 1.35 < 1.4 and exp(-0.3) = 0.74 > 0.7
+    assert [bounded[name].value for name in shares] == [0.0, 0.0, 1.0]
+    assert [free[name].value for name in shares] == [1.0, 1.0, 0.0]
+
+
+def test_what_is_at_a_bound_is_within_it():
+    rollouts = [rollout(0, 1.0, 1.0, [-1.0], [-1.0]), rollout(0, 0.0, -1.0, [-1.0], [-1.0])]
+    figures = report(rollouts, epsilon_low=0.0, epsilon_high=0.0)
+    assert figures["clip_high@0.5"].value == figures["clip_low@0.5"].value == 0.0
+    assert report([rollout(0, 1.0, 1.0, [-1.0], [-2.0])])["beyond_clip"].value == 0.0
+    assert [_is_lower(0.5, -0.5), _is_lower(-0.5, 0.5), _is_lower(1e-4, 0.0), _is_lower(9e-5, 0.0)] == [0, 1, 0, 0.5]
+    sure, unlikely = np.log(0.9), np.log(0.1)
+    assert _contradicts(-0.01, -5.0) and not _contradicts(sure, -5.0) and not _contradicts(-0.01, unlikely)
 
 
 FIGURES = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0}
@@ -150,6 +181,48 @@ def test_advice(changes, before, in_the_loss):
     advice = recommend(figures)
     assert before in advice["before"] and in_the_loss in advice["in the loss"] and advice["limits"]
     assert ("teacher_weight" in advice["settings"]) == ("believed" in advice["in the loss"])
+
+
+NAMES = "the teacher names where the student failed"
+BELIEVED = NAMES + ", and is believed where it is right"
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_the_loss", "before"),
+    [
+        ({}, NAMES, "unknown: ask with --sample_teacher"),
+        ({"contradicted_failed": 0.75}, NAMES, None),
+        ({"contradicted_failed": 0.7}, "GRPO", None),
+        ({"contradicted_succeeded": 0.05}, NAMES, None),
+        ({"contradicted_succeeded": 0.08}, BELIEVED, None),
+        ({"teacher_accuracy": 0.9, "teacher_rescues": 0.2}, NAMES, "nothing"),
+        ({"teacher_accuracy": 0.85, "teacher_rescues": 0.25}, BELIEVED, "offline distillation of its right answers"),
+        ({"teacher_accuracy": 0.95, "teacher_rescues": 0.3}, NAMES, "offline distillation of its right answers"),
+        ({"gap": 0.0}, NAMES, None),
+        ({"beyond_clip": 0.0}, NAMES, None),
+        ({"gap": 0.01, "beyond_clip": 0.0}, NAMES, None),
+    ],
+)
+def test_the_bounds_of_the_rule(changes, in_the_loss, before):
+    estimates = {name: Estimate(value, value, value) for name, value in (FIGURES | changes).items() if name in FIGURES}
+    advice, settings = recommend(changes | estimates), json.loads(STUDY.read_text())["settings"]
+    assert advice.keys() == {"before", "in the loss", "settings", "evidence", "limits"}
+    assert advice["in the loss"] == in_the_loss and advice["before"].partition(" (")[0] == (before or advice["before"])
+    column = ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
+    expected = {"GRPO": settings["grpo"], NAMES: settings["rlad_named"], BELIEVED: settings["rlad_named"] + column}
+    assert advice["settings"] == expected[in_the_loss]
+
+
+def test_the_evidence_is_that_of_the_study():
+    study = json.loads(STUDY.read_text())
+    figures = {name: Estimate(value, value, value) for name, value in FIGURES.items()}
+    evidence = recommend(figures | {"contradicted_succeeded": Estimate(0.3, 0.3, 0.3)})["evidence"]
+    low, high = study["naming_without_gain"]["contradicted_failed"]
+    assert f"and nothing at {100 * low:.0f} to {100 * high:.0f}%. It contradicts 30% of the successes too" in evidence
+    low, high = study["naming_by_a_flawed_teacher"]["cost"]
+    assert f"cost {low:.0f} to {high:.0f} points" in evidence
+    same = {"gap": Estimate(0.0, 0.0, 0.0), "beyond_clip": Estimate(0.0, 0.0, 0.0)}
+    assert recommend(figures | same)["evidence"] == "Student and teacher are the same, to rounding."
 
 
 SCRIPT = """

@@ -338,3 +338,14 @@ def test_entropy_of_the_named_tokens():
     named = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.5, 0.0]]).log()  # the rest: 0.25, 0 and, as one is at -inf, 0.5
     # 0.5 log 2 + 2 * 0.25 log 4 = 1.5 log 2
     assert named_entropy(named).tolist() == pytest.approx([1.5 * math.log(2), 0.0, math.log(2)], abs=1e-6)
+
+
+def test_rows_are_apart_from_each_other_and_have_any_shape():
+    student, teacher = (torch.randn(2, 3, 5).log_softmax(-1)[..., :3] for _ in range(2))
+    for function, given in ((forward_kl, (student, teacher)), (named_entropy, (teacher,))):
+        alone = [[function(*(tensor[i, j] for tensor in given)) for j in range(3)] for i in range(2)]
+        torch.testing.assert_close(function(*given), torch.stack([torch.stack(row) for row in alone]))
+
+
+def test_the_bound_of_the_paper_is_the_default():
+    assert reverse_kl(torch.tensor([0.0]), torch.tensor([-3.0])).item() == 2.5  # 1 * (3 - 1 / 2)

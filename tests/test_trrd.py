@@ -174,3 +174,21 @@ def test_sequence_log_ratio():
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
     assert sequence_log_ratio(log_ratio, mask).tolist() == [[pytest.approx((0.2 + 0.4) / 2)], [0.0]]
     assert math.isfinite(sequence_log_ratio(log_ratio, mask).sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((1.01,), r"`alpha` must be in \[0, 1\] .*, but is 1.01"),
+        ((-0.01,), "`alpha` .* but is -0.01"),
+        ((0.5, 0.0), "`teacher_log_ratio_clip` must be positive or `None`, but is 0.0"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TRRDLoss(*settings)
+
+
+def test_diagnostics_are_of_the_dtype_of_the_scores():
+    current, old, teacher, mask = random_logps(dtype=torch.float64)
+    assert {value.dtype for value in TRRDLoss()(current, old, teacher, mask)[1].values()} == {torch.float64}

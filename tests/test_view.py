@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_rlad.commands.view import main
-from trl_rlad.reports.view import render
+from trl_rlad.reports.view import COLORS, _card, _draw, _percent, _token, draw_curves, render
 
 
 def record(text="ok", gap=0.0, advantage=1.0, clipped=0, step=1, group=0):
@@ -29,9 +30,7 @@ def record(text="ok", gap=0.0, advantage=1.0, clipped=0, step=1, group=0):
 
 
 class Page(HTMLParser):
-    """
-    Checks that all elements are closed; keeps their names, and the classes and hover texts of tokens by their text.
-    """
+    """Checks that all is closed; keeps the elements' names, and classes and hover texts of tokens by their text."""
 
     def __init__(self, page):
         super().__init__()
@@ -232,6 +231,118 @@ def test_a_run_with_checkpoints_is_drawn_whole(has_finished, steps, tmp_path):
     main([str(run), "--output", str(tmp_path / "view.html")])
     ((_, points),) = read_curves((tmp_path / "view.html").read_text())["reward"][0]
     assert points == [(step, step / 10) for step in range(1, steps + 1)]
+
+
+def test_a_group():
+    records = [
+        record("b", gap=-1.0, advantage=0.5) | {"reward": 0.25},
+        record("c", advantage=-0.5) | {"tokens": ["c", "d"], "logps": [-1.0, -1.5], "teacher_logps": [-1.5, None]}
+        | {"clipped": [1, 0]},
+        record("z", advantage=0.0) | {"teacher_logps": [None]},
+        record("b", gap=-1.0, advantage=0.5) | {"reward": 0.25},
+        record("a", gap=0.5, advantage=0.5),
+    ]  # fmt: skip
+    records = [record | {"row": row} for row, record in enumerate(records)]
+    card = _card(True, 0.125, "a<b", (3, 2), records)
+    head = "<details open><summary>a&lt;b · step 3 · group 2 · changed by 0.12</summary>"
+    assert card.startswith(f'{head}<div class="prompt">prompt of a</div><div class="row">')
+    assert _card(False, 0.0, "", (1, 1), records).startswith("<details><summary>") and card.endswith("</details>")
+    rows = re.findall('<div class="row"><div class="soft">(.*?)</div><div class="tokens">(.*?)</div></div>', card)
+    assert card.count('</div></div><div class="row">') == 3
+    # The rewarded first, in the order of their tokens; the same one once
+    assert [facts.split("<br>") for facts, _ in rows] == [
+        ['<span class="up">A = +0.50</span> · reward 1', "mean +0.50"],
+        ['<span class="up">A = +0.50</span> · reward 0.25', "2 times the same", "mean -1.00"],
+        ['<span class="">A = +0.00</span> · reward 1', "not read by the teacher"],
+        ['<span class="down">A = -0.50</span> · reward 1', "mean +0.50", "50% clipped by the teacher"],
+    ]
+    assert [re.sub("<.*?>", "", tokens) for _, tokens in rows] == ["a", "b", "z", "cd"]
+
+
+def test_records_without_clipping():
+    without = {name: value for name, value in record("x").items() if name != "clipped"}
+    assert "clipped by" not in _card(True, 0.0, "run", (1, 1), [without, record("y") | {"clipped": None}])
+
+
+def test_a_token():
+    # In steps of .1, .3, 1, 2 and 4: what is at one is not beyond it
+    for gap, name in ((0.5, "s1"), (1.0, "s1"), (-1.0, "t1"), (1.5, "s2"), (-4.0, "t3"), (-4.5, "t4"), (0.0, "")):
+        assert re.search('class="(.*?)"', _token("x", -1.0, -1.0 - gap, 0))[1] == name
+    facts = "a   student 36.8%   the teacher has no say   clipped by the policy"
+    assert _token("a\n", -1.0, None, 2) == f'<span class="mute policy" data-x="{facts}">a⏎\n</span>'
+    assert unescape(_token(" ", -1.0, -1.25, 0)) == (
+        '<span class="s0" data-x="\' \'   student 36.8%   teacher 28.7%   log ratio +0.25"> </span>'
+    )
+    assert [_percent(logp) for logp in (0.0, -0.5, -8.0)] == ["100.0%", "60.7%", "3e-04"]
+
+
+class Axis:
+    """What is drawn on it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def plot(self, *args, **kwargs):
+        self.calls.append((*args, kwargs["color"]))
+
+    def fill_between(self, *args, **kwargs):
+        self.calls.append((*args, kwargs["color"]))
+
+
+def test_the_mean_of_runs_and_their_band():
+    axis = Axis()
+    _draw(axis, [], "-", "red")
+    assert axis.calls == []
+    _draw(axis, [{2: 0.7, 1: 0.5}], "--", "red")
+    _draw(axis, [{1: 0.5}], "-", "red")  # a line would not be seen
+    assert axis.calls == [([1, 2], [0.5, 0.7], "--", "red"), ([1], [0.5], "-.", "red")]
+    axis = Axis()
+    _draw(axis, [{1: 0.0, 2: 4.0, 3: 9.0}, {2: 2.0, 1: 1.0}], ":", "blue")  # the steps that both have
+    assert axis.calls == [([1, 2], [0.5, 3.0], ":", "blue"), ([1, 2], [0.0, 2.0], [1.0, 4.0], "blue")]
+
+
+def test_the_picture_has_what_the_logs_have():
+    def texts(**logs):
+        return re.findall("<text.*?>(.*?)</text>", draw_curves({name: [log] for name, log in logs.items()}))
+
+    assert draw_curves({"GRPO": [[]]}) == "" and draw_curves({"GRPO": [[{"step": 1, "lr": 1.0}]]}) == ""
+    alone = texts(GRPO=[{"step": 1, "reward": 0.5}])
+    assert "reward" in alone and "seconds" not in alone and alone.count("step") == 1
+    log = [{"step": step, "step_time": 2.0, "generation_time": 1.0, "teacher/log_ratio": 0.1} for step in (1, 2)]
+    log += [{"step": 2, "reward": 0.5, "eval_rewards/right/pass@1": 0.5, "clip_ratio/low_by_policy": 0.1}]
+    picture = texts(GRPO=[{"step": 1, "reward": 0.5}], RLAD=log)
+    titles = {"reward", "log(student / teacher), nats", "share of tokens clipped", "pass@1 in evaluation", "seconds"}
+    assert titles <= set(picture) and picture.count("step") == 5 + 1  # of each panel, and a line
+    # Only lines that there are
+    assert {"generation", "right", "by the policy"} <= set(picture)
+    assert not {"scoring", "by the teacher", "rewarded"} & set(picture)
+    svg = draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
+    assert all(color in svg for color in COLORS) and "metadata" not in svg and "xmlns" not in svg
+    assert svg.startswith("<svg") and svg.count("<svg") == 1 and "currentColor" in svg and "XX" not in svg
+    assert svg == draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
+
+
+def test_the_parts_of_the_page():
+    body = re.search("<body>(.*)</body>", render([("run", [], [])]))[1]
+    assert body.startswith("<h1>What the teacher did</h1><p>There is nothing to see")
+    log = [{"step": 1, "reward": 0.5}]
+    curves, rollouts = render([("one", [], log), ("two", [], log)]), render([("run", [record()], [])])
+    assert "<h2>Curves</h2>" in curves and "<h2>Rollouts</h2>" not in curves and "its band" not in curves
+    assert "<h2>Rollouts</h2>" in rollouts and "<h2>Curves</h2>" not in rollouts
+    keys = re.findall('<span class="key" style="background:(.*?)"></span>(\\w+)', curves)
+    assert keys == [(COLORS[0], "one"), (COLORS[1], "two")]
+    assert "its band" in render([("one", [], log), ("one", [], log)])
+    page = Page(render([("run", [record(str(i), gap=0.01 * i, group=i) for i in range(5)], [])]))
+    assert "5 of 5 groups" in page.text and page.text.count("run · step") == 5
+    page = render([("run", [record(str(i), group=i) for i in range(5)], [])])
+    assert page.count("<details open>") == 3 and page.count("</details><details") == 4
+    # A group that is longer than the page is shown all the same
+    both = [record("long", group=0), record("longer", group=1)]
+    assert list(Page(render([("run", both, [])], max_tokens=0)).tokens) == ["long"]
+    unread = Page(render([("run", [record("x") | {"teacher_logps": [None]}], [])]))
+    assert "changed by 0.00" in unread.text and "nothing to see" not in unread.text
+    legend = " > 4.0  > 2.0  > 1.0  > 0.3  > 0.1  0  < -0.1  < -0.3  < -1.0  < -2.0  < -4.0 "
+    assert f"log(student / teacher): {legend}" in unread.text
 
 
 def test_command(tmp_path, capsys):
