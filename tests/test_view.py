@@ -268,7 +268,7 @@ def test_a_token():
     # In steps of .1, .3, 1, 2 and 4: what is at one is not beyond it
     for gap, name in ((0.5, "s1"), (1.0, "s1"), (-1.0, "t1"), (1.5, "s2"), (-4.0, "t3"), (-4.5, "t4"), (0.0, "")):
         assert re.search('class="(.*?)"', _token("x", -1.0, -1.0 - gap, 0))[1] == name
-    facts = "a   student 36.8%   the teacher has no say   clipped by the policy"
+    facts = "a   student 36.8%   not scored by the teacher   clipped by the policy"
     assert _token("a\n", -1.0, None, 2) == f'<span class="mute policy" data-x="{facts}">a⏎\n</span>'
     assert unescape(_token(" ", -1.0, -1.25, 0)) == (
         '<span class="s0" data-x="\' \'   student 36.8%   teacher 28.7%   log ratio +0.25"> </span>'

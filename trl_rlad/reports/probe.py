@@ -113,9 +113,9 @@ def _sum_group(
     """Sum and count of each figure in one group: of any set of groups, a figure is the ratio of the two."""
     sums = {}
 
-    def add(name, values, count=None):
+    def add(name, values):
         values = [value for value in values if value is not None]
-        sums[name] = float(sum(values)), float(len(values) if count is None else count)
+        sums[name] = float(sum(values)), float(len(values))
 
     rewards = [rollout["reward"] for rollout in group]
     wins, k = sum(reward > success_reward for reward in rewards), len(group)
