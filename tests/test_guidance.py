@@ -58,6 +58,12 @@ def test_half_of_the_teachers_weight_is_half_of_its_exponent():
     torch.testing.assert_close(anchor, torch.tensor([[-0.875, -2.55], [-0.5, -1.0]]))
 
 
+def test_a_rows_weight_is_of_the_teachers_exponent_and_not_of_the_old_policys():
+    # At alpha = 0.5 the two are the same. Here the teacher's is 0.8 * 0.5 in the first row, and 0.8 in the second
+    anchor = run(replace(OBJECTIVE, alpha=0.2), SCORES._replace(weight=torch.tensor([[0.5], [1.0]]))).anchor
+    torch.testing.assert_close(anchor, torch.tensor([[-0.8, -2.64], [-1.14, -1.0]]))
+
+
 def test_credit_weighs_the_advantages_and_leaves_the_ratio():
     guidance = run(replace(OBJECTIVE, teacher_credit=True))
     # By (anchor / old policy) where rewarded, its inverse where punished; the teacher is bounded around the old policy

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from teacher_server import TeacherServer
 
 from trl_rlad import RLADTrainer
-from trl_rlad.model_card import launch_command
+from trl_rlad.model_card import launch_command, tabulate
 
 
 TESTS = Path(__file__).parent
@@ -264,6 +264,21 @@ def test_completions_in_a_step_and_processes(make_trainer, monkeypatch):
         card = Path(trainer.args.output_dir, "README.md").read_text()
         assert f"| Completions in a step | {completions} |" in card
         assert f"\n# on {launch}\ntrain.py\n" in card
+
+
+def test_an_evaluation_stands_in_the_table_once_and_of_several_the_first_and_the_last():
+    def logs(dataset, *steps):
+        names = f"eval_{dataset}runtime", "eval_rewards/reward/mean"
+        return [{names[0]: 1.0, names[1]: 0.1 * step, "step": step} for step in steps]
+
+    heading = ["", "step", "reward/mean"]
+    assert tabulate(logs("", 2)) == [heading, ["", "2", "0.200"]]
+    assert tabulate(logs("easy_", 1, 2, 3) + logs("hard_", 3)) == [
+        heading,
+        ["easy", "1", "0.100"],
+        ["easy", "3", "0.300"],
+        ["hard", "3", "0.300"],
+    ]
 
 
 def test_an_address_that_another_begins_with_leaves_no_port():

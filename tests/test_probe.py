@@ -86,6 +86,12 @@ def test_figures_by_hand():
     assert figures["mean@1"][1:] == (0.0, 0.5)
 
 
+def test_the_interval_is_of_95_percent():
+    figures = report([rollout(i, float(i == 0), 0.0, [-1.0], [-1.0]) for i in range(3)])
+    # A draw in 27 has the one prompt with a success three times: fewer than 5 in 100, and more than 2.5
+    assert figures["mean@1"][1:] == (0.0, 1.0)
+
+
 def test_clip_shares_by_hand():
     rewarded = rollout(0, 1.0, 1.0, [-1.0] * 3, [-1.3, -1.6, -9.0])  # gaps 0.3, 0.6 and, bounded, 1
     punished = rollout(0, 0.0, -1.0, [-2.0] * 2, [-1.6, -1.4])  # gaps -0.4 and -0.6

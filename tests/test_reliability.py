@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, TrainerC
 
 from trl_rlad import RLADTrainer
 from trl_rlad.checkpoints import RunRecord, last_checkpoint
+from trl_rlad.scoring import watchdog
 from trl_rlad.teachers.local import longest_input
 
 
@@ -402,6 +404,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(student_path, teacher_path, tmp_
         resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(*pair) for pair in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_a_call_that_has_ended_in_time_is_not_watched_any_more(monkeypatch):
+    # Else the process would be ended later, in the middle of something else. With several processes, by a stub
+    monkeypatch.setattr(watchdog, "barrier_group", object)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(watchdog.dist, "monitored_barrier", lambda *args, **kwargs: None)
+    with watchdog.time_limit(3600.0, "a call"):
+        (timer,) = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert not timer.finished.is_set()
+    assert timer.finished.is_set()
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_metrics_reach_tensorboard_by_their_documented_names(run):
     for name in ours:
         assert scalars[f"train/{name}"] == pytest.approx([entry[name] for entry in log]), name
     assert {"eval/teacher/log_ratio", "eval/rewards/reward/pass@1"} <= scalars.keys()
-    documented = re.findall(r"`([\w/@]+)`", (Path(__file__).parents[1] / "README.md").read_text())
+    documented = re.findall(r"`([\w/@]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text())
     trls = {f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
     assert ours - trls <= set(documented)
 

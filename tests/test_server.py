@@ -7,6 +7,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -152,6 +153,16 @@ def test_a_server_that_fails_is_not_asked_first_while_another_one_answers(serve,
     assert [len(server.requests) for server in servers] == [1, 20]
 
 
+def test_a_server_that_has_answered_since_is_given_its_time_again(serve, tmp_path, monkeypatch):
+    server = serve()
+    scorer, ids = make_scorer(tmp_path, server), torch.arange(4, 8)
+    for ahead in (0.0, 1000.0):  # one failure now, and one long after
+        clock = SimpleNamespace(monotonic=lambda ahead=ahead: time.monotonic() + ahead)
+        monkeypatch.setattr(client, "time", clock)
+        server.faults = [status(500)]
+        assert scorer.teachers[""].submit(ids, ids).result(timeout=30).logps.shape == (4,)
+
+
 def wait_for(number, *servers):
     """The requests that each server has, when so many are there."""
     deadline = time.monotonic() + 5
@@ -286,6 +297,12 @@ def test_rows_too_long_for_it_are_refused(serve, student_path, tmp_path):
         RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
     server.cards[0]["max_model_len"] = 13
     RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+
+
+@pytest.mark.parametrize("lengths", [(100, 50), (50, 100)])
+def test_the_shortest_of_several_servers_bounds_the_rows(lengths, serve, tmp_path):
+    urls = [serve(max_model_len=length).url for length in lengths]
+    assert ServedTeacher(urls, None, make_args(tmp_path, urls)).max_length == 49
 
 
 def test_another_tokenizer_is_refused(serve, student_path, tmp_path):

@@ -200,6 +200,14 @@ def test_rows_go_by_the_weighted_sum_of_the_rewards(make_trainer):
     assert trainer.guide.select_for_kl(rewards).tolist() == [False, True, False, True]
 
 
+def test_a_completion_that_one_of_two_functions_judges_succeeds_or_fails_by_that(make_trainer):
+    trainer = make_trainer(alpha=1.0, teacher_kl_coef=0.1, teacher_kl_on="failed")
+    trainer.reward_weights = torch.ones(2)
+    rewards = torch.tensor([[1.0, math.nan], [math.nan, 1.0], [0.0, math.nan], [math.nan, math.nan]])
+    assert trainer.total_reward(rewards).tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert trainer.guide.select_for_kl(rewards).tolist() == [False, False, True, False]
+
+
 def make_run(student_path, teacher_path, output_dir, **kwargs):
     args = tiny.make_config(output_dir, **kwargs)
     return RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset(), teacher_model=teacher_path)

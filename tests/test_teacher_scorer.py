@@ -1,5 +1,6 @@
 """The teacher's scores against plain forward passes over single, unpadded sequences."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from trl_rlad.teachers import LocalTeacher, TokenScores
+from trl_rlad import TeacherScorer
+from trl_rlad.scoring import RowScorer
+from trl_rlad.teachers import LocalTeacher, TokenContract, TokenScores
 
 
 def make_teacher(path, tmp_path, temperature=1.0):
@@ -144,6 +147,50 @@ def test_scores_that_are_not_finite_raise(value):
     batch = make_batch()
     with pytest.raises(FloatingPointError, match="not finite.*teacher_model_init_kwargs"):
         tiny.make_scorer(CountingTeacher(value), 30).score(batch, batch["completion_mask"])
+
+
+def test_scores_of_tokens_that_are_not_wanted_may_be_anything():
+    teacher, batch = CountingTeacher(), make_batch()
+    wanted = batch["completion_mask"].clone()
+    wanted[:, 0] = 0
+    score = teacher.score
+
+    def spoil(*args):
+        scores = score(*args)
+        for value, row in zip(itertools.cycle([float("nan"), -float("inf")]), scores, strict=False):
+            row.logps[0] = value
+        return scores
+
+    teacher.score = spoil
+    scores = tiny.make_scorer(teacher, 30).score(batch, wanted)
+    assert torch.equal(scores["teacher_per_token_logps"], -wanted.float())
+
+
+@pytest.mark.parametrize("budget", [20, 40, 80])
+def test_a_micro_batch_has_no_more_tokens_than_it_may_prompts_and_padding_counted(budget):
+    teacher, batch, sizes = CountingTeacher(), make_batch(rows=20, prompt=9), []
+    score = teacher.score
+
+    def watch(prompts, completions, *args):
+        longest = max(len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True))
+        sizes.append(len(prompts) * longest)
+        return score(prompts, completions, *args)
+
+    teacher.score = watch
+    tiny.make_scorer(teacher, budget).score(batch, batch["completion_mask"])
+    assert len(sizes) > 1 and max(sizes) <= budget
+
+
+def test_what_one_of_two_teachers_does_not_know_the_other_one_scores():
+    batch = make_batch()
+    batch["completion_ids"][:, 0] = 3
+    scorers = {}
+    for name, unknown_ids in (("first", [3]), ("second", [])):
+        teacher = CountingTeacher()
+        scorers[name] = RowScorer(teacher, Accelerator(cpu=True), 30, TokenContract(teacher, unknown_ids))
+    names = ["first", "second"] * 3 + ["first"]
+    scores = TeacherScorer(scorers).score(batch, batch["completion_mask"], teacher_ids=names)
+    assert scores["teacher_mask"][:, 0].tolist() == [name == "second" for name in names]
 
 
 def test_an_id_beyond_the_teachers_vocabulary_raises():

@@ -239,6 +239,16 @@ def test_a_teacher_of_few_learned_positions(positions, tmp_path, teacher_path):
     torch.testing.assert_close(scores, naive_scores(tmp_path / "gpt2", batch, 1.0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_students_base_leaves_the_student_in_its_mode(training, tmp_path, student_path):
+    config, dataset = tiny.make_config(tmp_path), tiny.make_dataset()
+    trainer = RLADTrainer(student_path, tiny.reward, config, dataset, peft_config=LORA, teacher_model="base")
+    trainer.model.train(training)
+    with trainer.teacher_scorer.teachers[""].placed():
+        assert not trainer.model.training
+    assert trainer.model.training == training
+
+
 def accelerator_of(distributed_type, zero_stage=None):
     """
     A stand-in: these launches can't be had in one process without a GPU. `test_distributed.py` has the real ones.
