@@ -70,3 +70,8 @@ def test_the_map_would_notice():
     assert ("objective", "guidance") in found[("teacher_guide",)] and ("scoring", "__init__") in found[
         ("teacher_guide",)
     ]
+
+
+def test_every_folder_comes_along_in_a_wheel():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
