@@ -105,6 +105,10 @@ def test_hand_worked_micro_batches():
     assert micro_batches([1, 1, 1, 3, 1, 1], [2, 5, 9, 2, 7, 8], size=2, window=4) == [[2, 1], [3, 0], [5, 4]]
 
 
+def test_a_micro_batch_may_be_full():
+    assert cut([5, 5], 10) == [[0, 1]] and cut([5, 5], 9) == [[0], [1]]
+
+
 def test_hand_worked_cut_shared():
     # A prompt of 159: 11 completions would run at once, but on the cache 8 * 170 // 160 = 8; of 17, evenly, 6, 6 and 5
     assert [len(batch) for batch in cut_shared(159, [1] * 17, 170)] == [6, 6, 5]
