@@ -47,6 +47,7 @@ def test_nothing_else_differs_from_grpo():
     [
         ("http://a:8000/", {"": ["http://a:8000"]}),
         ("http://a:8000/v1", {"": ["http://a:8000"]}),
+        ("http://a:8000/v1/", {"": ["http://a:8000"]}),
         ('["http://a", "https://b/teachers"]', {"": ["http://a", "https://b/teachers"]}),
         (
             '{"math": "http://a", "code": ["http://b", "http://c"]}',

@@ -240,6 +240,10 @@ def test_the_launch_command_keeps_secrets_and_folders_to_itself():
     assert launch_command(["-c", "--x", "1"], set()) is None
 
 
+def test_a_secret_that_begins_with_another_is_kept_whole():
+    assert launch_command(["run.py", "--x", "abc", "--y", "abcdef"], {"abc", "abcdef"}) == "run.py --x *** --y ***"
+
+
 def test_the_card_names_a_served_teacher_and_no_address(tmp_path, student_path, teacher_path, monkeypatch):
     with TeacherServer(teacher_path) as one, TeacherServer(teacher_path) as other:
         urls = [f"{one.url}/v1", other.url]

@@ -155,6 +155,24 @@ def test_scores_of_rows_with_images_equal_plain_forward_passes(teacher, tmp_path
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
 
+def test_rows_with_the_same_tokens_have_each_the_scores_of_its_own_image(tmp_path, student_path, teacher_path):
+    data = DATA["image"]
+    rows = [data[0]] * 4 + [data[6]] * 4  # of the same text and size
+    trainer = make_trainer(student_path, tmp_path, data, teacher=teacher_path)
+    trainer.model.eval()
+    batch = trainer._prepare_inputs(rows)
+    for name in ("completion_ids", "completion_mask"):
+        batch[name] = batch[name][:1].expand(8, -1)
+    mask = batch["completion_mask"].bool()
+    scores = trainer.teacher_scorer.score(batch, mask)["teacher_per_token_logps"]
+    assert torch.equal(batch["prompt_ids"][0], batch["prompt_ids"][4])
+    for i in (0, 4):
+        prompt_ids = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        expected = score_plainly(teacher_path, rows[i], prompt_ids, batch["completion_ids"][i][mask[i]])
+        torch.testing.assert_close(scores[i][mask[i]], expected, rtol=0, atol=1e-4)
+    assert (scores[0] - scores[4]).abs().max() > 1e-3
+
+
 def test_an_adapter_of_a_vision_language_model_as_teacher(tmp_path, student_path, teacher_path):
     adapted = get_peft_model(AutoModelForImageTextToText.from_pretrained(teacher_path), LORA)
     for name, p in adapted.named_parameters():

@@ -229,6 +229,16 @@ def test_off_policy_mask_asks_about_the_policy_not_the_teacher(make_trainer):
     assert logps.grad[1].any() and logps.grad[4].any()
 
 
+def test_off_policy_mask_drops_what_the_policy_has_left_and_the_anchor_has_not(make_trainer):
+    # The policy has moved by 1 nat and the teacher has too: log anchor - log pi is 0.05
+    batch = make_batch()
+    logps = (batch["old_per_token_logps"] - 1.0).requires_grad_()
+    batch["teacher_per_token_logps"] = batch["old_per_token_logps"] - 1.9
+    trainer = make_trainer(logps, off_policy_mask_threshold=0.3)
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert logps.grad.any(1).tolist() == [True, False, False, True, False, True]  # those with A > 0
+
+
 def test_vllm_importance_correction_multiplies_the_trrd_term(make_trainer):
     # vLLM itself isn't installed here: the ratio that TRL would have put into the batch is given by hand
     batch = make_batch(importance_sampling_ratio=torch.tensor([[1.0], [0.5], [2.0], [0.0], [0.25], [1.5]]))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from teacher_server import FAULTS, TeacherServer, echo_key, right, set_last, status, stuck
+from teacher_server import FAULTS, TeacherServer, changed, echo_key, right, set_last, status, stuck
 from tenacity import wait_none
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
@@ -287,6 +287,19 @@ def test_servers_of_one_teacher_must_agree(serve, student_path, tmp_path):
         ServedTeacher(urls, None, make_args(tmp_path, urls))
     servers[1].cards[0]["id"] = "other"
     with pytest.raises(ValueError, match="serve different models: teacher, other"):
+        ServedTeacher(urls, None, make_args(tmp_path, urls))
+
+
+def test_differences_of_servers_do_not_cancel_out(serve, tmp_path):
+    def shift(entries):
+        for i, entry in enumerate(filter(None, entries)):
+            for token in entry.values():
+                token["logprob"] += 0.5 if i % 2 else -0.5
+
+    servers = serve(), serve()
+    servers[1].fault = changed(shift)
+    urls = [server.url for server in servers]
+    with pytest.raises(ValueError, match="0.5 nats apart"):
         ServedTeacher(urls, None, make_args(tmp_path, urls))
 
 
