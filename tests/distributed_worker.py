@@ -120,7 +120,7 @@ def main(
     if teachers:  # in the middle of training, whose batches say what each row was
         return train_and_keep_batches(trainer, output_dir)
     rank, teacher = trainer.accelerator.process_index, trainer.teacher_scorer.teachers[""]
-    result = {"teacher": type(teacher).__name__}
+    result = {"teacher": type(teacher).__name__, "folder": output_dir}
     if hang == rank:
         teacher.score = lambda *_: signal.pause()
     if absent == rank:

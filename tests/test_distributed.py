@@ -49,8 +49,7 @@ def launch(output_dir, config, check=True, worker="distributed_worker.py", **opt
     if not check:
         return run
     assert run.returncode == 0, run.stderr[-4000:]
-    texts = [Path(output_dir, f"result_{rank}.json").read_text() for rank in range(2)]
-    return [json.loads(text) | {"folder": output_dir} for text in texts]
+    return [json.loads(Path(output_dir, f"result_{rank}.json").read_text()) for rank in range(2)]
 
 
 TEACHER = {"seed": 1, "hidden_size": 24, "vocab_size": 40, "layers": 8}
@@ -112,7 +111,7 @@ def assert_twins(results, students, teacher, **kwargs):
 def test_data_parallel(unsharded, paths):
     assert unsharded[0]["teacher"] == "LocalTeacher" and len(unsharded[0]["losses"]) == 3
     assert_scores(unsharded, paths["teacher"])
-    assert_twins(unsharded, students_of(unsharded[0]["folder"], paths["student"]), twin.load(paths["teacher"]))
+    assert_twins(unsharded, students_of(Path(unsharded[0]["folder"]), paths["student"]), twin.load(paths["teacher"]))
 
 
 @pytest.mark.parametrize("student_stage", [0, 1, 2, 3])
@@ -223,7 +222,7 @@ def named(tmp_path_factory, paths):
 
 
 def test_named_tokens(named, paths):
-    students = students_of(named[0]["folder"], paths["student"])
+    students = students_of(Path(named[0]["folder"]), paths["student"])
     assert_twins(named, students, twin.load(paths["teacher"]), **TWIN_NAMED)
 
 
@@ -275,7 +274,6 @@ def test_every_family_scores_the_same_on_two_processes(config, tmp_path):
     # Whole and dealt out, and sharded; rows with images stay where they are
     results = launch(tmp_path, config, worker="families_worker.py")
     for differences in results:
-        differences.pop("folder")
         assert len(differences) > 40 and max(differences.values()) < 1e-4, differences
 
 
