@@ -92,6 +92,7 @@ def main(
     hang=None,  # this rank never comes back from its teacher
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
+    reward=None,  # its name in `tiny`, of one that isn't watched
     teachers=None,  # paths of several by name, for rows in turn
     **kwargs,
 ):
@@ -105,7 +106,7 @@ def main(
         names = [names[i % len(names)] for i in range(len(dataset))]
         prompts = ["w9 w8 w7" if i % 4 == 0 else None for i in range(len(dataset))]
         dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
-    reward = twin.Watcher()
+    reward = getattr(tiny, reward) if reward else twin.Watcher()
     trainer = RLADTrainer(
         student,
         reward,
@@ -135,7 +136,8 @@ def main(
             torch.save(scores, Path(output_dir, f"scores_{rank}.pt"))
     trainer.train(resume_from_checkpoint=resume)
     result["logs"] = [log for log in trainer.state.log_history if "loss" in log]
-    result["losses"], result["rows"] = {log["step"]: log["loss"] for log in result["logs"]}, reward.calls
+    result["losses"] = {log["step"]: log["loss"] for log in result["logs"]}
+    result["rows"] = getattr(reward, "calls", None)
     result["files"] = sorted(path.name for path in Path(output_dir).rglob("*") if path.is_file())
     if teacher.is_sharded and not lora:
         result["most_parameters"] = most[0]
