@@ -44,3 +44,5 @@ def main(student, output_dir, fsdp=False, **kwargs):
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
+    if torch.distributed.is_initialized():  # its threads would now and then abort a process that ends before them
+        torch.distributed.destroy_process_group()
