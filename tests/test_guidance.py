@@ -200,6 +200,12 @@ def test_what_the_teacher_alone_clips():
     assert guidance.tokens["clip_ratio/high_by_teacher"][1] is clipping.mask and "teacher/clamped" in guidance.tokens
 
 
+def test_credit_has_the_teacher_clip_nothing():
+    objective, clipping = replace(OBJECTIVE, teacher_credit=True), Clipping(0.2, 0.28, "token", MASK.float())
+    causes = run(objective, clipping=clipping, advantages=-ADVANTAGES).causes
+    assert causes and not any(mask.any() for mask in causes.values()), "as the ratio is the policy's own"
+
+
 def test_what_is_at_the_bound_is_not_clipped():
     zero, advantages = torch.zeros(2, 1), torch.tensor([[1.0], [-1.0]])
     assert not any(mask.any() for mask in clip_causes(zero, zero, advantages, 0.0, 0.0).values())

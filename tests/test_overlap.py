@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 import tiny
@@ -105,6 +106,19 @@ def test_a_sharded_teacher_waits():
     ahead, scores = score_ahead(teacher, batch, batch["completion_mask"])
     assert ahead == 0 and teacher.rows == 7
     assert torch.equal(scores["teacher_per_token_logps"], -batch["completion_mask"].float())
+
+
+def test_the_wait_for_early_scores_is_scoring_time():
+    teacher, seconds = CountingTeacher(), 0.2
+    score = teacher.score
+    teacher.score = lambda *args: time.sleep(seconds) or score(*args)
+    scorer = tiny.make_scorer(teacher)
+    scorer.begin([[1]], [[2]], [[1]])
+    with scorer.score_early():
+        pass
+    ids = {"prompt_ids": torch.tensor([[1]]), "completion_ids": torch.tensor([[2]])}
+    scorer.score(ids | {f"{part}_mask": torch.ones(1, 1) for part in ("prompt", "completion")}, torch.ones(1, 1))
+    assert scorer.seconds > seconds / 2, "as the reward was there at once"
 
 
 @pytest.mark.slow

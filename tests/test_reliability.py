@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, TrainerC
 from trl_rlad import RLADTrainer
 from trl_rlad.checkpoints import RunRecord, last_checkpoint
 from trl_rlad.scoring import watchdog
-from trl_rlad.teachers.local import longest_input
+from trl_rlad.teachers.loading import find_non_finite, longest_input
 
 
 def make_trainer(student, teacher, folder, reward=tiny.reward, callbacks=None, eval_dataset=None, **kwargs):
@@ -210,6 +210,14 @@ def test_a_model_without_positions_reads_anything():
     assert longest_input(MambaConfig()) == float("inf")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(value):
+    model = torch.nn.Linear(2, 2)
+    assert find_non_finite(model) == []
+    model.weight.data[0, 1] = value
+    assert find_non_finite(model) == ["weight"]
+
+
 def test_the_teacher_is_found_where_it_is_said_to_be(student_path, tmp_path):
     tiny.save_model(tmp_path / "family" / "small", seed=1)
     kwargs = {"subfolder": "small"}
@@ -265,6 +273,15 @@ def test_a_far_teacher_without_a_bound_stops_training_before_the_update(student_
     with pytest.raises(FloatingPointError, match="isn't finite.*without a `teacher_log_ratio_clip`"):
         trainer.train()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_gradient_that_overflows_in_float16_is_left_to_its_scaler(student_path, teacher_path, tmp_path, monkeypatch):
+    trainer = make_trainer(student_path, teacher_path, tmp_path)
+    monkeypatch.setattr("transformers.Trainer._get_grad_norm", lambda self, *args, **kwargs: float("inf"))
+    with pytest.raises(FloatingPointError, match="gradient of step 1 isn't finite"):
+        trainer._get_grad_norm(trainer.model)
+    trainer.args.fp16 = True
+    assert trainer._get_grad_norm(trainer.model) == float("inf")
 
 
 # Resumption

@@ -183,6 +183,13 @@ def test_text_of_tokens():
     assert split_text(words("w1 w2")["input_ids"], words) == ["w1", " w2"] and split_text([], words) == []
 
 
+def test_half_a_character_has_a_text_of_its_own():
+    tokenizer = tiny.make_chat_tokenizer()
+    halves = tokenizer("é")["input_ids"]
+    assert tokenizer.decode(halves) == "é" and len(halves) == 2
+    assert split_text(halves, tokenizer) == [tokenizer.decode(half) for half in halves]
+
+
 def test_padding_is_left_out():
     batch = {
         "prompt_ids": torch.tensor([[0, 5], [6, 7]]),

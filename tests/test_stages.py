@@ -82,6 +82,17 @@ def test_distillation_is_distillation(estimator, tmp_path, student_path, teacher
     assert any(logged(staged, "reward"))  # which is still measured
 
 
+def test_what_has_succeeded_is_distilled_too_before_the_failures_alone_are(tmp_path, student_path, teacher_path):
+    settings = {"alpha": 1.0, "distillation_fraction": 0.5, "teacher_kl_coef": 0.1, "teacher_kl_on": "failed"}
+    config = tiny.make_config(tmp_path, success_reward=-1.0, max_steps=2, **settings)
+    trainer = RLADTrainer(student_path, tiny.reward, config, tiny.make_dataset(), teacher_model=teacher_path)
+    batches = tiny.watch_batches(trainer)
+    trainer.train()
+    distilled, trained = (batch for batch, _ in batches)
+    assert torch.equal(distilled["teacher_mask"], distilled["completion_mask"].bool())
+    assert not distilled["teacher_kl_on"].any() and not trained["teacher_mask"].any()
+
+
 def test_distil_then_reinforce(tmp_path, student_path, teacher_path):
     kwargs = {"alpha": 1.0, "distillation_fraction": 0.5, "max_steps": 6, "teacher_kl": "forward"}
     trainer = train(student_path, teacher_path, tmp_path, **kwargs)

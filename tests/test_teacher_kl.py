@@ -348,6 +348,13 @@ def test_entropy_of_the_named_tokens():
     assert named_entropy(named).tolist() == pytest.approx([1.5 * math.log(2), 0.0, math.log(2)], abs=1e-6)
 
 
+def test_what_rounding_leaves_above_one_is_no_rest():
+    teacher = torch.tensor([[0.6, 0.4001]]).log()
+    expected = -0.6 * math.log(0.6) - 0.4001 * math.log(0.4001)
+    assert named_entropy(teacher).item() == pytest.approx(expected)
+    assert forward_kl(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+
+
 def test_rows_are_apart_from_each_other_and_have_any_shape():
     student, teacher = (torch.randn(2, 3, 5).log_softmax(-1)[..., :3] for _ in range(2))
     for function, given in ((forward_kl, (student, teacher)), (named_entropy, (teacher,))):

@@ -348,6 +348,38 @@ def test_a_teacher_that_runs_out_of_memory_takes_smaller_batches(tmp_path, teach
     assert "`teacher_tokens_per_batch=" in caplog.text and scorer.scorers[""].tokens_per_batch < 60
 
 
+def test_out_of_memory_never_raises_the_number_of_tokens_at_once(tmp_path, teacher_path):
+    # On a shared prompt a micro-batch has more rows than would fit with a prompt each
+    teacher, batch = make_teacher(teacher_path, tmp_path), make_batch(rows=4, prompt=30, completion=4)
+    batch |= {"prompt_mask": torch.ones(4, 30, dtype=torch.long), "prompt_ids": batch["prompt_ids"][:1].expand(4, -1)}
+    score_rows, sizes = teacher.score, []
+
+    def score_few(prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return score_rows(prompts, *args)
+
+    teacher.score = score_few
+    scorer = tiny.make_scorer(teacher, 50)
+    scorer.score(batch, batch["completion_mask"])
+    assert max(sizes) > 2 and scorer.scorers[""].tokens_per_batch <= 50
+
+
+def test_a_sharded_teacher_that_runs_out_of_memory_does_not_go_on_alone(tmp_path, teacher_path):
+    # The other processes are in the middle of the pass that has failed here, and would wait forever
+    teacher, batch, sizes = make_teacher(teacher_path, tmp_path), make_batch(), []
+
+    def fail(prompts, *args):
+        sizes.append(len(prompts))
+        raise torch.OutOfMemoryError
+
+    teacher.score, teacher.is_sharded = fail, True
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny.make_scorer(teacher, 1000).score(batch, batch["completion_mask"])
+    assert len(sizes) == 1 and sizes[0] > 1
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_teacher(bits, tmp_path):
     teacher_path = str(Path(__file__).parent.parent / "examples" / "mini" / "teacher")  # wide enough for blocks of 64
