@@ -310,3 +310,10 @@ def test_evaluation_reports_pass_at_k(tmp_path, student_path, teacher_path):
     }
     reported = {name: value for name, value in metrics.items() if "pass@" in name}
     assert reported == {f"eval_rewards/{name}": pytest.approx(value) for name, value in expected.items()}
+
+
+def test_a_name_beside_urls_is_kept(tmp_path):
+    from trl_rlad.trainer import check_arguments
+
+    args = tiny.make_config(tmp_path, teacher_server_urls={"a": "http://a", "b": "http://b"})
+    assert check_arguments("student", args, {"b": "its name"}, {}) == {"a": None, "b": "its name"}
