@@ -146,5 +146,4 @@ def main(
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():  # its threads would now and then abort a process that ends before them
-        torch.distributed.destroy_process_group()
+    tiny.leave()

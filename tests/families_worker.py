@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import tiny
 import torch
 from accelerate import Accelerator
 
@@ -56,5 +57,4 @@ def main(output_dir):
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():  # its threads would now and then abort a process that ends before them
-        torch.distributed.destroy_process_group()
+    tiny.leave()

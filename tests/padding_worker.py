@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import tiny
 import torch
 from test_padding import make_trainer
 from torch.distributed.fsdp import fully_shard
@@ -44,5 +45,4 @@ def main(student, output_dir, fsdp=False, **kwargs):
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():  # its threads would now and then abort a process that ends before them
-        torch.distributed.destroy_process_group()
+    tiny.leave()
