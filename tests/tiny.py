@@ -247,8 +247,8 @@ def make_scorer(teacher, tokens_per_batch=1000, unknown_ids=(), nameable_ids=(),
 
 def leave():
     """
-    End one of several processes, its work done. Left to itself it is aborted now and then under DeepSpeed, with a teacher
-    or without one, as a thread outlives the interpreter ("terminate called without an active exception").
+    End one of several processes, its work done. Left to itself it is aborted now and then under DeepSpeed, with a
+    teacher or without one, as a thread outlives the interpreter ("terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()
