@@ -13,8 +13,9 @@ from typing import NamedTuple
 import pytest
 import tiny
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from trl_rlad import RLADTrainer, TRRDLoss
@@ -77,6 +78,15 @@ class Place:
         folder = self.folder / "damaged"
         tiny.save_model(folder, seed=1, **kwargs)
         return folder
+
+    def make_adapter(self, name="adapter", damaged=False, config=None):
+        config = config or LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(self.teacher), config).save_pretrained(self.folder / name)
+        if damaged:
+            path = self.folder / name / "adapter_model.safetensors"
+            weights = dict(sorted(load_file(path).items())[1:])
+            save_file(weights, path, {"format": "pt"})
+        return self.folder / name
 
     def make_checkpoint(self):
         folder = self.folder / "out" / "checkpoint-5"
@@ -387,6 +397,51 @@ def _(place):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
     place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "an adapter of a base that has moved", "can't be loaded", "`base_model_name_or_path`")
+def _(place):
+    adapter = place.make_adapter()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/such/base"}))
+    place.trainer(teacher=str(adapter))
+
+
+@refused("teacher", "an adapter without some of its weights", "can't be loaded", "missing adapter keys", "lora_A")
+def _(place):
+    place.trainer(teacher=str(place.make_adapter(damaged=True)))
+
+
+@refused("teacher", "the same of a base that another one shares", "'b'", "weights are missing", "lora_A")
+def _(place):
+    teachers = {"a": str(place.make_adapter("a")), "b": str(place.make_adapter("b", damaged=True))}
+    dataset = tiny.make_dataset()
+    place.trainer(teacher=teachers, dataset=dataset.add_column("teacher_id", ["a", "b"] * (len(dataset) // 2)))
+
+
+@refused("teacher", "an adapter with added tokens", "don't fit its base", "save the whole model")
+def _(place):
+    base = AutoModelForCausalLM.from_pretrained(place.teacher)
+    base.resize_token_embeddings(44)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(place.folder / "adapter")
+    place.trainer(teacher=str(place.folder / "adapter"))
+
+
+@refused("teacher", "prefix tuning", "PREFIX_TUNING", "only adapters of weights teach")
+def _(place):
+    place.trainer(
+        teacher=str(place.make_adapter(config=PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    )
+
+
+@refused("dataset", "texts longer than dynamic NTK has a number for", "64 positions", '"rope_type": "yarn"')
+def _(place):
+    folder = place.copy_of_teacher(positions=64)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    place.trainer(teacher=str(folder), max_completion_length=62)
 
 
 @refused("teacher", "another tokenizer", "ids stand for different tokens", "shares the student's tokenizer")

@@ -221,7 +221,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": Fa
 
 
 def save_adapters(base, folder):
-    """Two adapters of one base and one that changes the LM head too; and each merged into a model of its own."""
+    """Two adapters of one base and one that changes its LM head too; and each merged into a model of its own."""
     adapters, merged = {}, {}
     for name, extra in {"one.a": [], "one_a": [], "head": ["lm_head"]}.items():
         config = LoraConfig(**LORA | {"target_modules": LORA["target_modules"] + extra})

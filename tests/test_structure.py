@@ -12,6 +12,7 @@ ROOMS = (
     "objective",
     "evaluation",
     "packing",
+    "trials",
     "_trl",
     "config",
     "lm_head",

@@ -158,8 +158,7 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
                 "sum grows with the length and mutes long completions. The paper's choice is `loss_type='grpo'`."
             )
-        # Several teachers that are adapters of one base share it
-        bases: WeakValueDictionary | None = None if "" in teachers else WeakValueDictionary()
+        bases: WeakValueDictionary = WeakValueDictionary()  # which several teachers share that are adapters of it
         scorers = {}
         for name, teacher_model in teachers.items():
             try:

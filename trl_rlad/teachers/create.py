@@ -8,7 +8,6 @@ from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
-from .adapters import AdapterTeacher
 from .local import LocalTeacher
 from .own_base import OwnBaseTeacher
 from .server import ServedTeacher
@@ -38,7 +37,7 @@ def create_teacher(
         urls (`list[str]`, *optional*):
             Addresses of the servers that the teacher is behind. `teacher_model` is then what it is called there.
         bases (`MutableMapping`, *optional*):
-            Where teachers that are adapters of the same base find it, see [`AdapterTeacher`].
+            Where teachers that are adapters of the same base find it.
 
     Raises:
         `TypeError`: if `teacher_model` is neither a name nor a model.
@@ -73,10 +72,7 @@ def create_teacher(
             f"`{type(teacher_model).__name__}`."
         )
     teacher_class = choose_class(args, accelerator)
-    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
-        # It may turn out not to be an adapter, and then it is like any other
-        return AdapterTeacher(teacher_model, args, accelerator, bases)
-    return teacher_class(teacher_model, args, accelerator)
+    return teacher_class(teacher_model, args, accelerator, bases if teacher_class is LocalTeacher else None)
 
 
 def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeacher]:
