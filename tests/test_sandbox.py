@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from trl_rlad.scripts import tasks
+from trl_rlad.scripts.tasks import load_task
+from trl_rlad.scripts.tasks import sandbox as sandbox_module
+from trl_rlad.scripts.tasks.sandbox import Sandbox, evaluate
+
 
 pytest.importorskip("reasoning_gym")
-EXAMPLES = str(Path(__file__).parents[1] / "examples")
-ALONE = str(Path(EXAMPLES, "tasks"))  # where the sandbox is imported without the tasks, and so in a moment
-sys.path.insert(0, EXAMPLES)
+ALONE = str(Path(tasks.__file__).parent)  # where the sandbox is imported without the tasks, and so in a moment
 
 from reasoning_gym.factory import DATASETS, create_dataset  # noqa: E402
 from sympy.parsing import sympy_parser  # noqa: E402
-from tasks import load_task  # noqa: E402
-from tasks import sandbox as sandbox_module  # noqa: E402
-from tasks.sandbox import Sandbox, evaluate  # noqa: E402
 
 
 CONFIG = {"seed": 1, "size": 5}
@@ -157,7 +157,7 @@ def test_no_code_of_a_formula_runs(tmp_path):
     entry = create_dataset("countdown", **CONFIG)[0]
     sandbox = Sandbox("countdown", CONFIG, seconds=1.0)
     answers = [attack.replace("PATH", str(tmp_path / "file")) for attack in ATTACKS]
-    answers += [f"{entry['answer']} + 0*len({attack})" for attack in answers[::5]]
+    answers += [f"{entry['answer']} + 0*len({attack})" for attack in answers[::10]]
     assert max(sandbox.score(answers, [entry] * len(answers))) <= 0.05  # what reading the right numbers has
     assert sandbox.score([entry["answer"]], [entry]) == [1.0] and not (tmp_path / "file").exists()
 
@@ -204,7 +204,7 @@ def test_an_answer_that_does_not_return(answer, is_counted, spiral):
 
 def test_a_reply_that_does_not_come_or_is_of_another_request_is_no_score(spiral, monkeypatch):
     sandbox, entry = spiral
-    monkeypatch.setattr("tasks.sandbox.SPARE_SECONDS", -0.9)
+    monkeypatch.setattr(sandbox_module, "SPARE_SECONDS", -0.9)
     before = sandbox.failures
     worker = sandbox.workers.get()
     worker.send_signal(signal.SIGSTOP)  # in the middle of an exchange
@@ -234,7 +234,7 @@ def test_the_network_is_out_of_reach():
 
 
 def test_the_reward_counts_failures(monkeypatch):
-    monkeypatch.setattr("tasks.reasoning.Sandbox", UnguardedSandbox)
+    monkeypatch.setattr("trl_rlad.scripts.tasks.reasoning.Sandbox", UnguardedSandbox)
     train_dataset, _, reward, _ = load_task("spiral_matrix", train_size=3)
     answers, logged = [*train_dataset["answer"][:2], "__import__('os')._exit(0)"], {}
     completions = [
