@@ -123,7 +123,10 @@ def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
 
 def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None:
     """A command line without secrets, addresses of servers and local folders. `None` where there is no script."""
-    if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
+    path = Path(arguments[0])
+    if path.parts[-2:] == ("scripts", "train.py"):  # that `trl-rlad train` has launched
+        arguments = ["trl-rlad", "train", *arguments[1:]]
+    elif path.suffix != ".py" and path.name != "trl-rlad":  # a notebook, or `python -c`
         return None
     line = shlex.join(arguments)
     for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may begin with another
