@@ -11,7 +11,6 @@ import sys
 import pytest
 import tiny
 import yaml
-from trl import GRPOConfig, ModelConfig
 from trl.scripts import grpo
 
 from trl_rlad import RLADTrainer
@@ -161,7 +160,7 @@ def test_reward_functions_have_trls_names():
     (found,) = (
         node.value
         for node in ast.walk(ast.parse(inspect.getsource(grpo.main)))
-        if isinstance(node, ast.Assign) and node.targets[0].id == "reward_funcs_registry"
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "reward_funcs_registry"
     )
     assert [key.value for key in found.keys] == list(REWARD_FUNCS)
     (call,) = (value for value in found.values if isinstance(value, ast.Call))
@@ -228,7 +227,7 @@ GRPO_COMMANDS = [
     "--lora_alpha 16 --lora_target_modules q_proj v_proj --learning_rate 1e-4",
     "--model_name_or_path MODEL --dataset_name DATA --dataset_config default --dataset_train_split train "
     "--dataset_test_split test --eval_strategy steps --eval_steps 1 --reward_funcs accuracy_reward "
-    "--per_device_eval_batch_size 4",
+    "--per_device_eval_batch_size 8",
     "--model_name_or_path MODEL --dataset_name DATA --dataset_streaming --reward_funcs accuracy_reward "
     "--dataloader_num_workers 0",
     "--model_name_or_path MODEL --dataset_name DATA --reward_funcs accuracy_reward --attn_implementation sdpa "
@@ -237,8 +236,9 @@ GRPO_COMMANDS = [
     "num_processes: 4\nenv: {SOME_SETTING: x}\n",
     "--config model_name_or_path: MODEL\nreward_funcs: [accuracy_reward, my_rewards.varied]\ndatasets:\n"
     "  - {path: json, data_files: DATA/train.jsonl, fraction: 0.5}\n"
-    "  - {path: json, data_files: DATA/test.jsonl, columns: [prompt, solution, teacher_id, difficulty], fraction: 0.5}\n"
-    "test_split_size: 0.25\neval_strategy: epoch\nper_device_eval_batch_size: 4\n",
+    "  - {path: json, data_files: DATA/test.jsonl, columns: [prompt, solution, teacher_id, difficulty], "
+    "fraction: 0.5}\n"
+    "test_split_size: 0.25\neval_strategy: epoch\nper_device_eval_batch_size: 8\n",
     "--accelerate_config zero3 --num_processes 2 --model_name_or_path MODEL --dataset_name DATA "
     "--reward_funcs accuracy_reward",
 ]
@@ -271,15 +271,11 @@ def test_commands_of_trl_grpo_with_a_teacher(line, place, tmp_path, monkeypatch)
     trainer, source, *_ = train.prepare(of_script, is_launched=True)
     assert trainer.teacher_scorer.teachers[""].name == "teacher"
     assert (source.eval_dataset is not None) == ("eval_strategy" in line)
-    written = dict(
-        re.findall(r"--(learning_rate|beta|temperature|loss_type|epsilon_high|num_generations) (\S+)", line)
-    )
-    for name, value in written.items():
-        assert str(getattr(trainer.args, name)) == str(
-            GRPOConfig.__dataclass_fields__[name].type and type(getattr(trainer.args, name))(value)
-        ), name
+    for name in ("learning_rate", "beta", "temperature", "loss_type", "epsilon_high", "num_generations"):
+        if written := re.search(rf"--{name} (\S+)", line):
+            value = getattr(trainer.args, name)
+            assert value == type(value)(written[1]), name
     assert ("--use_peft" in line) == hasattr(trainer.model, "peft_config")
-    assert trainer.args.trust_remote_code is False and ModelConfig().dtype == "float32"
 
 
 def tiny_reward_model(path):
@@ -387,7 +383,7 @@ def test_a_method_is_found_by_either_spelling(name):
     assert read_method(name)["teacher_kl_on"] == "failed"
 
 
-def test_the_probe_runs_the_command_itself(place, tmp_path, capsys):
+def test_the_probe_runs_the_command_itself(place, tmp_path):
     output = tmp_path / "probe.json"
     cli(["probe", "--prompts", "2", "--output", str(output), "train", *place.arguments("--output_dir", place.out)])
-    assert json.loads(output.read_text())["prompts"] if "prompts" in output.read_text() else output.exists()
+    assert json.loads(output.read_text())["advice"]

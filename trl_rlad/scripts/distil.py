@@ -13,7 +13,7 @@ Any of reasoning-gym's tasks, with any student and teacher, in one process:
 
 What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read, and kept
 beside it, so that another run with the same settings doesn't ask again. The share of right answers to each puzzle is
-in `teacher_weight.json`: copied into the output folder of `trl-rlad train`, it spares `--teacher_samples` the sampling.
+in `teacher_weight.json`: in the output folder of `trl-rlad train`, it spares `--teacher_samples` the sampling.
 """
 
 import json
