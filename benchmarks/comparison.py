@@ -1,19 +1,19 @@
 """
 GRPO, KDRL, on-policy and offline distillation, RLAD and its relatives, side by side in miniature.
 
-    python benchmarks/comparison.py                        # with the mistaken student: two hours on two CPU cores
-    python benchmarks/comparison.py --student hasty        # and `sheltered`: an hour each
-    python benchmarks/comparison.py --quick                # two seeds, one learning rate and five methods: 14 runs
-
-The puzzles and the strong teacher are those of `examples/rlad_grpo.py`. The *mistaken* student is that of the example
-too: it misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that
-hides it, so it is seldom right; the *sheltered* one is small and has hardly seen two of the operators. The flawed
-teacher is right but for one operator: for the mistaken student `&`, which that student knows, for the others `|`.
+    python benchmarks/comparison.py                            # the mistaken student: two hours on two CPU cores
+    python benchmarks/comparison.py --bed hasty                # and `sheltered`: an hour each
+    python benchmarks/comparison.py --bed half_gpt half_qwen3  # and others of `beds.py`: two minutes a run
+    python benchmarks/comparison.py --quick                    # two seeds, one learning rate and five methods: 14 runs
 
 Every method has the same number of steps and of rollouts (or of kept samples of the teacher, or of both, half and
-half). The learning rate of each method is chosen among the same three, by one (shorter, for the mistaken student) run
-each with the strong teacher; the figures come from other seeds. Each run adds one line to `runs.jsonl` in the output
-folder, from which the study goes on if it is interrupted. Two runs go side by side, on one thread each.
+half). The learning rate of each method is chosen among the same three or four, by one (shorter, for the mistaken
+student) run each with the strong teacher; the figures come from other seeds. Of several beds, what chooses the rates
+comes first, then seed by seed.
+
+Each run adds one line to `runs.jsonl` in the output folder, from which the study goes on if it is interrupted, by the
+same command; `--report` writes the tables of what is there. Two runs go side by side, on one thread each. To leave the
+machine to others, begin the line with `chrt -i 0 nice -n 19`.
 """
 
 import argparse
