@@ -1,19 +1,18 @@
 """
 What `comparison.py` compares methods on: a task, a student, its teachers, and how many puzzles there are.
 
-In knights and knaves (`examples/tasks/mini.py`) the *mistaken* student, that of the main job, misreads one of the four
-operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it is seldom right.
-The *sheltered* one is small and has hardly seen two of the operators. The flawed teacher is right but for one
-operator: for the mistaken student `&`, which that student knows, for the others `|`.
+In knights and knaves (`trl_rlad/scripts/tasks/mini.py`) the *mistaken* student, that of the main job, misreads one of
+the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it is
+seldom right. The *sheltered* one is small and has hardly seen two of the operators. The flawed teacher is right but
+for one operator: for the mistaken student `&`, which that student knows, for the others `|`.
 
-In chains of operators (`examples/tasks/chains.py`) a *half*-learned student does each of eight steps right as a rule,
-and so seldom all of them; the *far* one has never seen a quarter of the operators; *soft* is a half-learned student
-with a teacher that writes each digit in one of two forms. The flawed teacher has three of the twenty operators wrong.
+In chains of operators (`chains.py`) a *half*-learned student does each of eight steps right as a rule, and so seldom
+all of them; the *far* one has never seen a quarter of the operators; *soft* is a half-learned student with a teacher
+that writes each digit in one of two forms. The flawed teacher has three of the twenty operators wrong.
 Each is there as a GPT with learned positions and as a Qwen3. Puzzles are fresh ones or, with a number at its end, a
 pool of so many, drawn by the seed of the run and the same for every method.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,21 +20,17 @@ from pathlib import Path
 from statistics import mean
 from types import ModuleType
 
+import chains
 import torch
 from datasets import concatenate_datasets
+from make_chains import make_chains_model
 from transformers import AutoModelForCausalLM
 
 from trl_rlad.evaluation import pass_at_k
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
-
-from arguments import MINI  # noqa: E402
-from make_chains import make_chains_model  # noqa: E402
-from make_models import COMPARISON  # noqa: E402
-from sampling import grade, sample  # noqa: E402
-from tasks import Task, chains, mini  # noqa: E402
+from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.mini.make_models import COMPARISON
+from trl_rlad.scripts.sampling import grade, sample
+from trl_rlad.scripts.tasks import Task, mini
 
 
 PEOPLE = (2, 3, 4)

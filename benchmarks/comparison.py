@@ -26,25 +26,25 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
-import beds  # finds the examples, too
-import offline_distillation
+import chains
 import torch
 import transformers
 import variants
-from arguments import read_method
+from beds import BEDS
 from datasets import load_from_disk
 from filelock import FileLock
-from sampling import add_teacher_weight
 from tables import PACKAGES, choose_rates, read_results, report, select
-from tasks import Task
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, SFTConfig
 
 from trl_rlad import RLADConfig, RLADTrainer
+from trl_rlad.scripts import distil
+from trl_rlad.scripts.arguments import read_method
+from trl_rlad.scripts.sampling import add_teacher_weight
+from trl_rlad.scripts.tasks import Task
 
 
-BEDS = beds.BEDS
 GROUP = 8  # rollouts of a prompt
 RATES = (3e-4, 1e-4, 2e-4, 5e-4, 1e-3)  # in the order in which they are tried
 
@@ -151,11 +151,11 @@ CHAINS = {
     "updates": 2,
     "methods": (
         "GRPO",
+        "on-policy distillation, bounded",  # these two say whether the bed is in the regime
         "RLAD",
         "KDRL, bounded",
         "RLAD + named",
         "GRPO + named",
-        "on-policy distillation, bounded",
         "offline distillation",
         "TRL's distillation, reverse",
         "TRL's distillation, forward",
@@ -211,7 +211,7 @@ def make_trainer(student, phase, job, steps, output_dir):
     if phase is OFFLINE:
         path = output_dir / name.format("samples")
         samples = read_samples(teacher_path, Task(puzzles, None, reward), path, length)
-        return offline_distillation.make_trainer(student, samples, SFTConfig(**kwargs))
+        return distil.make_trainer(student, samples, SFTConfig(**kwargs))
     if "beta" in phase:  # TRL's own trainer samples one completion for each row, and anew for each update
         puzzles = puzzles.select([row for row in range(len(puzzles)) for _ in range(GROUP)])
         args = DistillationConfig(max_completion_length=length, **kwargs, **phase)
@@ -225,6 +225,8 @@ def make_trainer(student, phase, job, steps, output_dir):
             puzzles = add_teacher_weight(Task(puzzles, None, reward), teacher_path, 4, path, **sampling)
     args = RLADConfig(max_completion_length=length, steps_per_generation=updates, **kwargs, **settings)
     trainer = RLADTrainer(student, reward, args, puzzles, teacher_model=teacher_path if args.needs_teacher else None)
+    for scorer in trainer.teacher_scorer.scorers.values() if trainer.teacher_scorer and bed.task is chains else ():
+        scorer.teacher.shares_prompts = False  # of so few tokens: it would score one prompt at a time
     if "guide" in phase:
         trainer.guide = getattr(variants, phase["guide"])(trainer, trainer.teacher_scorer)
     return trainer
@@ -234,7 +236,7 @@ def read_samples(teacher, task, path, length):
     """The right ones of a teacher's answers, one for each rollout that other methods draw or, of a pool, for 8."""
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            samples, counts = offline_distillation.collect(teacher, task, GROUP, length, batch_size=1000)
+            samples, counts = distil.collect(teacher, task, GROUP, length, batch_size=1000)
             print(f"{path.name}: {counts}")
             samples.save_to_disk(path)
     return load_from_disk(path)
@@ -306,13 +308,13 @@ def identify(job):
 
 def sweep(plans, output_dir):
     """Run what chooses the learning rates."""
-    jobs = [job for plan in plans if len(plan["rates"]) > 1 for job in sweep_jobs(shorten(plan))]
+    jobs = [job for plan in plans for job in sweep_jobs(shorten(plan))]
     return run_missing(sorted(jobs, key=lambda job: RATES.index(job["rate"])), output_dir)
 
 
 def study(plans, output_dir):
     """Run everything. Returns all results."""
-    results = sweep(plans, output_dir)
+    results = sweep([plan for plan in plans if len(plan["rates"]) > 1], output_dir)
     jobs = [job for plan in plans for job in final_jobs(plan, choose_rates(select(results, shorten(plan)), plan))]
     return run_missing(sorted(jobs, key=lambda job: (job["teacher"] != "strong", job["seed"])), output_dir)
 
@@ -371,6 +373,7 @@ def main():
     )
     parser.add_argument("--bed", choices=BEDS, nargs="+", default=["mistaken"], help="student, and puzzles")
     parser.add_argument("--methods", choices=METHODS, nargs="+", help="only these")
+    parser.add_argument("--rates", type=float, nargs="+", help="only these learning rates")
     parser.add_argument("--quick", action="store_true", help="two seeds, one learning rate and fewer methods")
     parser.add_argument("--report", action="store_true", help="only the tables of the runs that are there")
     parser.add_argument("--sweep", action="store_true", help="only the runs that choose the learning rates")
@@ -383,6 +386,8 @@ def main():
             plan | {name: [m for m in plan[name] if m in args.methods] for name in ("methods", "flawed")}
             for plan in plans
         ]
+    if args.rates:
+        plans = [plan | {"rates": [rate for rate in plan["rates"] if rate in args.rates]} for plan in plans]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train

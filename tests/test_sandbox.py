@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from trl_rlad.scripts import tasks
+from trl_rlad.scripts.tasks import load_task
+from trl_rlad.scripts.tasks.sandbox import Sandbox
+
 
 pytest.importorskip("reasoning_gym")
-EXAMPLES = str(Path(__file__).parents[1] / "examples")
-ALONE = str(Path(EXAMPLES, "tasks"))  # where the sandbox is imported without the tasks, and so in a moment
-sys.path.insert(0, EXAMPLES)
+ALONE = str(Path(tasks.__file__).parent)  # where the sandbox is imported without the tasks, and so in a moment
 
 from reasoning_gym.factory import DATASETS, create_dataset  # noqa: E402
-from tasks import load_task  # noqa: E402
-from tasks.sandbox import Sandbox  # noqa: E402
 
 
 CONFIG = {"seed": 1, "size": 5}

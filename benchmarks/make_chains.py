@@ -1,7 +1,7 @@
 """
-Make the models of the chains of operators (see `examples/tasks/chains.py`), from scratch and offline.
+Make the models of the chains of operators (see `chains.py`), from scratch and offline.
 
-    python examples/mini/make_chains.py --output_dir somewhere
+    python benchmarks/make_chains.py --output_dir somewhere
 
 Of two architectures, a GPT with learned positions (GPT-2) and Qwen3. The teachers: *strong*; *flawed*, which has
 learnt another permutation for three of the operators; *soft*, which writes each digit in figures or letters, as it
@@ -17,8 +17,7 @@ import random
 from pathlib import Path
 
 import torch
-from make_models import make_model
-from tasks.chains import (
+from chains import (
     EOS,
     LENGTH,
     MAX_COMPLETION_LENGTH,
@@ -38,6 +37,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_linear_schedule_with_warmup,
 )
+
+from trl_rlad.scripts.mini.make_models import make_model
 
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP = 700, 128, 2e-3, 50
@@ -63,6 +64,7 @@ def make(architecture: str, size: tuple[int, int], tokenizer: PreTrainedTokenize
         n_layer=layers,
         n_head=width // 16,
         n_positions=32,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
         vocab_size=len(tokenizer),
         resid_pdrop=0.0,
         embd_pdrop=0.0,

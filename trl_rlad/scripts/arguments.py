@@ -8,7 +8,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
-from trl_rlad.checkpoints import last_checkpoint
+from ..checkpoints import last_checkpoint
 
 
 MINI = Path(__file__).parent / "mini"

@@ -11,7 +11,6 @@ There are 2.6e11 prompts, so drawn ones are new ones. A second form of each digi
 written in many ways: the prompt has figures only, and the reward takes either.
 """
 
-import json
 import random
 from string import ascii_lowercase
 
@@ -20,8 +19,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-
-from .task import Task
 
 
 PAD, EOS = "<pad>", "<eos>"
@@ -70,14 +67,6 @@ def correctness_reward(completions: list[str], solution: list[str], **kwargs) ->
         float(len(words := completion.split()) == LENGTH and VALUES.get(words[-1]) == int(worked.split()[-1]))
         for completion, worked in zip(completions, solution, strict=True)
     ]
-
-
-def load_chains(train_size: int, eval_size: int = 0, seed: int = 0, task_kwargs: dict | None = None) -> Task:
-    """Make the task, which has no settings."""
-    if task_kwargs:
-        raise ValueError(f"The task of chains has no `--task_kwargs`, and so not {json.dumps(task_kwargs)}.")
-    train_dataset, eval_dataset = make_dataset(train_size, seed, False), make_dataset(eval_size, seed, True)
-    return Task(train_dataset, eval_dataset, correctness_reward)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
