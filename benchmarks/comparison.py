@@ -20,6 +20,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -179,7 +180,7 @@ JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells on
 LOGGED = ("entropy", "teacher/log_ratio", "teacher/clamped", "teacher/kl") + tuple(
     f"clip_ratio/{side}_by_{whose}" for side in ("high", "low") for whose in ("policy", "teacher")
 )
-COMMAND = f"python {' '.join(sys.argv)}"
+COMMAND = f"python {shlex.join(sys.argv)}"
 QUICK = ("GRPO", "RLAD", "offline distillation", "RLAD + named", "RLAD + named, trusted")
 QUICK_FLAWED = ("GRPO", "RLAD + named", "RLAD + named, trusted")
 
