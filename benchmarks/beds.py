@@ -3,8 +3,9 @@ What `comparison.py` compares methods on: a task, a student, its teachers, and h
 
 In knights and knaves (`trl_rlad/scripts/tasks/mini.py`) the *mistaken* student, that of the main job, misreads one of
 the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it is
-seldom right. The *sheltered* one is small and has hardly seen two of the operators. The flawed teacher is right but
-for one operator: for the mistaken student `&`, which that student knows, for the others `|`.
+seldom right. The *sheltered* one is small and has hardly seen two of the operators, the *half*-learned one was stopped
+in the middle of learning. The flawed teacher is right but for one operator: `&`, for the hasty and the sheltered
+student `|`.
 
 In chains of operators (`chains.py`) a *half*-learned student does each of eight steps right as a rule, and so seldom
 all of them; the *far* one has never seen a quarter of the operators; *soft* is a half-learned student with a teacher
@@ -137,6 +138,7 @@ def _held_out(make_dataset, size):
 
 
 def make_chains_bed(architecture: str, student: str, pool: int | None = None) -> Bed:
+    """Make the bed of a student by its architecture and kind, see `make_chains.py`."""
     names = {"strong": "soft" if student == "soft_half" else "strong", "flawed": "flawed"}
     return Bed(
         f"chains_{architecture}_{student}",
@@ -154,9 +156,11 @@ BEDS = {
     "hasty": Bed("hasty_student", {"strong": "teacher", "flawed": "student"}),
     "sheltered": Bed("sheltered_student", {"strong": "teacher", "flawed": "student"}),
 }
-for architecture in ARCHITECTURES:
-    for pool in POOLS:
-        suffix = f"_{pool}" if pool else ""
+for pool in POOLS:
+    suffix = f"_{pool}" if pool else ""
+    BEDS[f"half{suffix}"] = Bed("half_student", {"strong": "teacher", "flawed": "flawed_teacher"}, pool=pool)
+    for architecture in ARCHITECTURES:
         BEDS[f"half_{architecture}{suffix}"] = make_chains_bed(architecture, "half", pool)
+for architecture in ARCHITECTURES:
     BEDS[f"far_{architecture}"] = make_chains_bed(architecture, "far")
     BEDS[f"soft_{architecture}"] = make_chains_bed(architecture, "soft_half")

@@ -140,9 +140,10 @@ STUDENTS = {
     },
 }
 MINI_RATES = (1e-4, 3e-4, 1e-3)
-# Two updates for each batch of rollouts. The order is that in which they run
-CHAINS = {
-    "measured": "4,000 of them once each at temperature 1 (1,000 on the way), and 240 sixteen times for Pass@16",
+KNIGHTS_MEASURED = "200 for each number of people, sampled at temperature 0.6 and top-p 0.95"
+CHAINS_MEASURED = "4,000 once each at temperature 1 (1,000 on the way), and 240 sixteen times for Pass@16"
+# Of half-learned and far students. Two updates for each batch of rollouts; the order is that in which they run
+REGIME = {
     "seeds": (1, 2, 3, 4, 5),
     "shared_rate": TRUSTED,
     "rates": (3e-4, 1e-4, 2e-4, 5e-4),
@@ -174,7 +175,6 @@ CHAINS = {
     ),
     "flawed": ("GRPO", "RLAD", "offline distillation", "RLAD + named", "RLAD + named, trusted"),
 }
-PLANS = STUDENTS | {bed: CHAINS for bed in BEDS if bed not in STUDENTS}
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
 # What `--quick` runs with the strong teacher and, as far as the trust in the teacher matters, with the flawed one
 LOGGED = ("entropy", "teacher/log_ratio", "teacher/clamped", "teacher/kl") + tuple(
@@ -357,11 +357,14 @@ def make_jobs(plan, pairs, teacher, seeds):
     ]
 
 
-def make_plan(student):
+def make_plan(bed):
     """What is run on a bed."""
-    measured = "200 for each number of people, sampled at temperature 0.6 and top-p 0.95"
-    shared = {"student": student, "rates": MINI_RATES, "shared_rate": SHARED_RATE, "measured": measured}
-    return shared | PLANS[student]
+    if bed in STUDENTS:
+        plan = {"rates": MINI_RATES, "shared_rate": SHARED_RATE} | STUDENTS[bed]
+    else:
+        plan = REGIME
+    measured = CHAINS_MEASURED if BEDS[bed].task is chains else KNIGHTS_MEASURED
+    return {"student": bed, "measured": measured} | plan
 
 
 def main():
