@@ -72,8 +72,6 @@ SAMPLE = [
     "DeepseekV4ForCausalLM",
     "GPT2LMHeadModel",
     "InklingForCausalLM",
-    "ModernBertDecoderForCausalLM",
-    "RecurrentGemmaForCausalLM",
     "RwkvForCausalLM",
 ]
 
