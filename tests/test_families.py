@@ -72,6 +72,8 @@ SAMPLE = [
     "DeepseekV4ForCausalLM",
     "GPT2LMHeadModel",
     "InklingForCausalLM",
+    "ModernBertDecoderForCausalLM",
+    "RecurrentGemmaForCausalLM",
     "RwkvForCausalLM",
 ]
 
