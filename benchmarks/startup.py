@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_rlad.checkpoints import describe_teacher
-from trl_rlad.teachers.contract import find_nameable_ids, find_unknown_ids, longest_prompt
+from trl_rlad.teachers import TokenContract
+from trl_rlad.teachers.contract import longest_prompt
 from trl_rlad.teachers.loading import find_non_finite
 
 
@@ -30,8 +31,8 @@ def main():
     model = torch.nn.Linear(30_000, PARAMETERS // 30_000, bias=False, dtype=torch.bfloat16)
     prompts = [" ".join(f"word{i * j % VOCABULARY}" for j in range(150 + i % 100)) for i in range(PROMPTS)]
     checks = {
-        "tokenizer contract": lambda: find_nameable_ids(
-            student, teacher, find_unknown_ids(student, teacher, [1]), [1]
+        "tokenizer contract": lambda: TokenContract.between(
+            student, SimpleNamespace(tokenizer=teacher, eos_token_ids={1}, vocab_size=VOCABULARY), [1]
         ),
         "fingerprint of the vocabulary": lambda: describe_teacher(
             SimpleNamespace(tokenizer=teacher, name="", config=None), 1.0

@@ -12,6 +12,7 @@ ROOMS = (
     "objective",
     "evaluation",
     "packing",
+    "columns",
     "_trl",
     "config",
     "lm_head",

@@ -66,11 +66,22 @@ class RunRecord(TrainerCallback):
             "settings": {name: value for name, value in args.to_dict().items() if name in names},
         }
         self.record = json.loads(json.dumps(record, default=str))  # as it will be read again; a dtype is an object
+        self.max_steps_before: int | None = None  # of the run whose checkpoint is gone on from
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}", self.file_name)
-            path.write_text(json.dumps(self.record, indent=2) + "\n")
+            path.write_text(json.dumps({**self.record, "max_steps": state.max_steps}, indent=2) + "\n")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        step, before, now = state.global_step, self.max_steps_before, state.max_steps
+        self.max_steps_before = None
+        if before and args.objective.at(step / before) != args.objective.at(step / now):
+            logger.warning(
+                f"Step {step} was one of {before} when the checkpoint was saved, and is one of {now} now. What goes "
+                "by the share of training that is done, `distillation_fraction` and `teacher_kl_coef_final`, falls "
+                "back to an earlier phase, or jumps to a later one. Set them for the phase that is to come."
+            )
 
     def compare(self, checkpoint: str):
         """Raises a `ValueError` if the checkpoint in a folder is of a run with another teacher, and warns if the
@@ -79,6 +90,7 @@ class RunRecord(TrainerCallback):
         if not path.exists():
             return
         before = json.loads(path.read_text())
+        self.max_steps_before = before.get("max_steps")
         if before["teachers"] != self.record["teachers"]:
             raise ValueError(
                 f"{checkpoint} is of a run with another teacher: {before['teachers']}, and not "
