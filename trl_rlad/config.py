@@ -168,8 +168,8 @@ class RLADConfig(GRPOConfig):
             then, unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
         on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
             What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"`
-            trains such rows without the teacher, until they are more than a tenth of all so far, and more than a
-            thousand.
+            trains such rows without the teacher (in distillation, not at all), until they are more than a tenth of all
+            so far, and more than a thousand.
 
         > The student's passes
 
