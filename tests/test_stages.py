@@ -186,7 +186,7 @@ def test_which_phases_come_back(settings, steps, says, tmp_path, caplog):
     PartialState()
     args, (step, before, now) = tiny.make_config(tmp_path, **settings), steps
     record = RunRecord(args, {})
-    record.max_steps_before = before
+    record.before = before and (tmp_path, {"max_steps": before})
     record.on_train_begin(args, TrainerState(global_step=step, max_steps=now), None)
     assert ("falls back to an earlier phase" in caplog.text) == says
 

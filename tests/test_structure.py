@@ -24,6 +24,7 @@ ROOMS = (
     "teacher_guide",
     "trainer",
     "reports",
+    "scripts",
     "commands",
     "cli",
     "__init__",
