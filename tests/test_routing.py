@@ -98,7 +98,7 @@ def test_two_names_of_one_teacher_change_nothing(student_path, teacher_path, tmp
     ("names", "message"),
     [
         (None, "There are several teachers by name.*column `teacher_id`"),
-        (["small", "other"], "column `teacher_id` has 'other', which is no teacher. .* 'small', 'wide'"),
+        (["small", "other"], "column `teacher_id` has 'other' in row 1, which is no teacher. .* 'small', 'wide'"),
         (["small", None], "column `teacher_id` has None"),
     ],
 )
