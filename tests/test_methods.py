@@ -1,4 +1,4 @@
-"""The methods of `examples/methods/`: what they set, over what, and that the pages say the same."""
+"""The methods of `trl_rlad/scripts/methods/`: what they set, over what, and that the pages say the same."""
 
 import re
 import sys
@@ -11,13 +11,11 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from trl_rlad import RLADConfig
+from trl_rlad.scripts.arguments import METHODS, MINI, parse_arguments, read_method
+from trl_rlad.scripts.train import ScriptArguments
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from arguments import METHODS, MINI, parse_arguments, read_method  # noqa: E402
-from rlad_grpo import ScriptArguments  # noqa: E402
 
 
 NAMES = sorted(path.stem for path in METHODS.glob("*.yaml"))
