@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -16,7 +17,14 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 logger = get_logger(__name__)
 
-IN_FLIGHT = 32  # requests at once to one server, which batches what is there
+
+def in_flight(processes: int) -> int:
+    """Requests that each of so many processes may have at one server, which batches what is there: of all together no
+    more than 256, or one each."""
+    return max(1, min(32, 256 // processes))
+
+
+IN_FLIGHT = in_flight(int(os.environ.get("WORLD_SIZE", 1)))
 ATTEMPTS = 8  # at a request that is answered wrongly, or while others are answered
 PAUSE = 30.0  # seconds for which a server that has failed comes last
 WAIT = wait_random_exponential(multiplier=0.5, max=30)
