@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
@@ -113,6 +114,7 @@ def parse_arguments(
 
     Where neither names a task, a dataset or a model, as no file in `methods/` does, both override the file `base`. A
     `--method` on the command line overrides the file; one in the file is overridden by the file's other settings.
+    Without an accelerator `bf16` isn't the default that it is in TRL, which refuses it there.
 
     Args:
         parser ([`~trl.TrlParser`]):
@@ -139,6 +141,8 @@ def parse_arguments(
         settings |= read_method(method)
     for name, value in settings.pop("env", {}).items():
         os.environ[name] = str(value)
+    if not torch.accelerator.is_available():
+        parser.set_defaults_with_config(bf16=False)
     unknown = parser.set_defaults_with_config(**settings)
     if unknown and not ignore_unknown:
         raise ValueError(f"`--config`: there are no settings {', '.join(unknown[::2])}.")

@@ -92,6 +92,12 @@ class EvaluationArguments:
         if self.model_name_or_path is None:
             raise ValueError(f"`--task {self.task}` needs a model: name it with `--model_name_or_path`.")
         require(self, 1, "eval_size", "num_samples", "max_completion_length", "batch_size")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"`--top_p` must be above 0 and at most 1, but is {self.top_p}.")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"`--temperature` must be a positive number, but is {self.temperature}.")
+        if self.backend not in ("transformers", "vllm"):
+            raise ValueError(f"`--backend` must be 'transformers' or 'vllm', but is {self.backend!r}.")
         default_length = MAX_COMPLETION_LENGTH if self.task == "mini" else 2048
         self.max_completion_length = self.max_completion_length or default_length
         self.k = sorted(set(self.k or [1, self.num_samples]))
