@@ -1,7 +1,7 @@
 """
 A newcomer's walk, with times: an empty environment, the main job, the probe, the view, and a plain GRPO script that is
-converted by the diff of docs/migrating.md (on the models and puzzles of `trl_rlad/scripts/mini`, as no Hub is asked). Writes
-`results/walk.md`.
+converted by the diff of docs/migrating.md (on the models and puzzles of `trl_rlad/scripts/mini`, as no Hub is asked).
+Writes `results/walk.md`.
 
     python benchmarks/walk.py
 """
@@ -18,9 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "trl_rlad" / "scripts" / "mini"
+TASK = "from trl_rlad.scripts.tasks.mini import"
 OFFLINE = {
-    "from datasets import load_dataset": "from trl_rlad.scripts.tasks.mini import make_dataset",
-    "from trl.rewards import accuracy_reward": "from trl_rlad.scripts.tasks.mini import correctness_reward as accuracy_reward",
+    "from datasets import load_dataset": f"{TASK} make_dataset",
+    "from trl.rewards import accuracy_reward": f"{TASK} correctness_reward as accuracy_reward",
     'load_dataset("trl-lib/DeepMath-103K", split="train")': "make_dataset([2, 3], 400, 0, False)",
     "Qwen/Qwen3-0.6B": str(MINI / "student"),
     "Qwen/Qwen3-8B": str(MINI / "teacher"),
