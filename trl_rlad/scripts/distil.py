@@ -1,4 +1,4 @@
-"""
+r"""
 The offline baseline: a teacher answers the training puzzles, and the student imitates its right answers.
 
 Without arguments: knights and knaves in miniature, offline, with the two small models that come along.

@@ -1,4 +1,4 @@
-"""
+r"""
 Train a student with reinforcement learning while a teacher guides it: TRL's `grpo` script, with a teacher.
 
 Without arguments: knights and knaves in miniature, offline, with the two small models that come along. It takes a few
