@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny
 import yaml
+from trl import DatasetMixtureConfig
 from trl.scripts import grpo
 
 from trl_rlad import RLADTrainer
@@ -18,7 +19,7 @@ from trl_rlad.cli import main as cli
 from trl_rlad.commands import train as command
 from trl_rlad.scripts import train
 from trl_rlad.scripts.arguments import parse_teachers, read_method
-from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs
+from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs, load_source
 
 
 CHAT_TEMPLATE = (
@@ -174,6 +175,17 @@ def test_reward_functions_have_trls_names():
 def test_a_reward_model_comes_before_the_functions(place):
     model, function, own = load_reward_funcs("some/model", ["accuracy_reward", "my_rewards.varied"])
     assert (model, function, own.__name__) == ("some/model", REWARD_FUNCS["accuracy_reward"], "varied")
+
+
+def test_a_dataset_without_rewards_is_enough_for_pure_distillation(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "w1"}\n')
+    script_args = train.ScriptArguments(dataset_name=str(tmp_path / "train.jsonl"))
+    args = tiny.make_config(tmp_path, distillation_fraction=1.0)
+    source = load_source(script_args, args, DatasetMixtureConfig(), None)
+    assert source.train_dataset["prompt"] == ["w1"] and source.reward_funcs == [] and source.task is None
+    args.distillation_fraction = 0.9
+    with pytest.raises(ValueError, match="needs rewards: .* Only `--distillation_fraction 1.0` needs none"):
+        load_source(script_args, args, DatasetMixtureConfig(), None)
 
 
 @pytest.mark.parametrize(
