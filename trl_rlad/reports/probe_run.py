@@ -184,7 +184,7 @@ class Probe:
             raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
         if trainer.use_vllm:
             raise ValueError(
-                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `examples/evaluate.py`."
+                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `trl-rlad evaluate`."
             )
         (teacher,) = teachers
         texts = (trainer.tokenizer.decode([id], skip_special_tokens=True) for id in sorted(teacher.eos_token_ids))

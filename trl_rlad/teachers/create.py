@@ -97,7 +97,7 @@ def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeache
     if distributed_type != DistributedType.DEEPSPEED and stage is not None:
         raise ValueError(
             f"`teacher_zero_stage={stage}` needs DeepSpeed: launch with `accelerate launch --config_file` and one of "
-            "`examples/accelerate_configs/zero*.yaml`, or leave it unset."
+            "`trl_rlad/scripts/accelerate_configs/zero*.yaml`, or leave it unset."
         )
     if distributed_type == DistributedType.FSDP:
         if args.teacher_offload != "none":
