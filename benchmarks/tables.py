@@ -103,7 +103,7 @@ OF_CHAINS = {
     "pass@16": lambda runs: f"{mean(run['pass@16'] for run in runs):.1%}",
     "entropy": at_end("entropy"),
     "gated, rewarded / punished": at_end("clip_ratio/high_by_teacher", "clip_ratio/low_by_teacher"),
-    "seconds": lambda runs: f"{mean(run['seconds'] for run in runs):.0f}",
+    "CPU seconds": lambda runs: f"{mean(run['cpu_seconds'] for run in runs):.0f}",
 }
 
 
