@@ -72,6 +72,8 @@ METHODS = {
     "distil, then RLAD": [read_method("distil_then_rlad")],
     "offline, then RLAD + named": [OFFLINE, NAMED],
     "GRPO + named": [read_method("grpo_named")],
+    "RLAD's gate alone": [RLAD | {"guide": "GateGuide"}],
+    "RLAD + bounded divergence": [RLAD | {"teacher_kl_coef": 0.2}],
     "RLAD, clamp 2": [RLAD | {"teacher_log_ratio_clip": 2.0}],
     "RLAD, no clamp": [RLAD | {"teacher_log_ratio_clip": None}],
     "KDRL, bounded, 0.05": [BOUNDED | {"teacher_kl_coef": 0.05}],
@@ -149,13 +151,13 @@ QUICK = {
 MINI_RATES = (1e-4, 3e-4, 1e-3)
 KNIGHTS_MEASURED = "200 for each number of people, sampled at temperature 0.6 and top-p 0.95"
 CHAINS_MEASURED = "4,000 once each at temperature 1 (1,000 on the way), and 240 sixteen times for Pass@16"
-# Of half-learned and far students. Two updates for each batch of rollouts; the order is that in which they run
 REGIME_QUICK = {
     "rates": (3e-4, 1e-4),
     "seeds": (1, 2),
     "methods": ("GRPO", "RLAD", "KDRL, bounded", "RLAD + named"),
     "flawed": (),
 }
+# Of half-learned and far students. Two updates for each batch of rollouts; the order is that in which they run
 REGIME = {
     "seeds": (1, 2, 3, 4, 5),
     "shared_rate": TRUSTED,
@@ -182,9 +184,21 @@ REGIME = {
         "credit",
         "RLAD + named, 0.1",
         "RLAD + named, 0.3",
+        "RLAD's gate alone",
+        "RLAD + bounded divergence",
         "offline, then RLAD + named",
         "distil, then GRPO",
         "RLAD + named, trusted",
+    ),
+    "shown": (
+        "GRPO",
+        "RLAD",
+        "KDRL, bounded",
+        "on-policy distillation, bounded",
+        "offline distillation",
+        "RLAD + named",
+        "GRPO + named",
+        "TRL's distillation, reverse",
     ),
     "flawed": ("GRPO", "RLAD", "offline distillation", "RLAD + named", "RLAD + named, trusted"),
 }

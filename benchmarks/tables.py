@@ -154,7 +154,7 @@ def plot(results, rates, plan, teachers, path):
     """Mean accuracy over the steps, with a band of 95%."""
     figure, axes = plt.subplots(1, len(teachers), figsize=(11, 4.5), sharey=True, squeeze=False, layout="constrained")
     for axis, teacher in zip(axes[0], teachers, strict=True):
-        for index, method in enumerate(method for method in SHOWN if method in rates):
+        for index, method in enumerate(method for method in plan.get("shown", SHOWN) if method in rates):
             runs = pick(results, method, teacher, rates[method], plan["seeds"])
             if not runs:
                 continue
