@@ -513,6 +513,26 @@ def _(place):
     place.run(evaluate, "--eval_size", 0)
 
 
+@refused("`evaluate.py`", "`--top_p 2`", "`--top_p` must be above 0 and at most 1")
+def _(place):
+    place.run(evaluate, "--top_p", 2)
+
+
+@refused("`evaluate.py`", "`--top_p 0`", "`--top_p` must be above 0 and at most 1")
+def _(place):
+    place.run(evaluate, "--top_p", 0)
+
+
+@refused("`evaluate.py`", "`--temperature 0`", "`--temperature` must be a positive number")
+def _(place):
+    place.run(evaluate, "--temperature", 0)
+
+
+@refused("`evaluate.py`", "`--backend hf`", "`--backend` must be 'transformers' or 'vllm'")
+def _(place):
+    place.run(evaluate, "--backend", "hf")
+
+
 @refused("`evaluate.py`", "an `--output` that can't be written", "can't be written to")
 def _(place):
     place.run(evaluate, "--output", "/proc/self/scores.json")

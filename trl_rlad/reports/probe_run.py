@@ -4,7 +4,7 @@ import runpy
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -51,11 +51,12 @@ def _running_as(script: str, arguments: list[str]) -> Iterator[None]:
         RLADTrainer.stand_in = None
 
 
-def load_trainer(script: str, arguments: list[str]) -> RLADTrainer:
-    """Run a training script up to where its [`RLADTrainer`] is to train, without evaluations, and return that."""
+def load_trainer(script: str, arguments: list[str], main: Callable | None = None) -> RLADTrainer:
+    """Run a training script, or its function `main`, up to where its [`RLADTrainer`] is to train, without evaluations,
+    and return that."""
     with _running_as(script, arguments):
         try:
-            runpy.run_path(script, run_name="__main__")
+            main() if main else runpy.run_path(script, run_name="__main__")
         except _Ready as ready:
             (trainer,) = ready.args
             return trainer
