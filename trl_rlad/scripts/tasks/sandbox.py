@@ -237,7 +237,7 @@ def evaluate(source: str, namespace: dict | None = None, local_names: dict | Non
     names = {**(namespace or {}), **(local_names or {})}
     for node in ast.walk(ast.parse(source.strip(), mode="eval")):
         is_allowed = isinstance(node, DATA)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             is_allowed = is_function(node.func.id, names.get(node.func.id))
         if not is_allowed:
             raise ValueError(f"{ast.unparse(node)!r} is no part of a literal or a formula")
