@@ -124,7 +124,7 @@ def exchange(worker: subprocess.Popen, request: Any, seconds: float) -> tuple[in
     timer.daemon = True
     timer.start()
     try:
-        pickle.dump(request, worker.stdin)
+        worker.stdin.write(pickle.dumps(request))
         worker.stdin.flush()
         reply = worker.stdout.read(REPLY.size)
     except BrokenPipeError:
