@@ -172,7 +172,9 @@ def serve():
         os.close(writer)
         ready, _, _ = select.select([reader], [], [], seconds)
         claim = os.read(reader, SCORE.size + 1) if ready else b""
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # and whatever it may have started
+        os.kill(pid, signal.SIGKILL)  # if it hasn't come to have a group
         os.waitpid(pid, 0)
         os.close(reader)
         score = SCORE.unpack(claim)[0] if len(claim) == SCORE.size else nan
@@ -182,6 +184,7 @@ def serve():
 def judge(dataset: Any, answer: str, entry: dict, pipe: int, confine: Callable[[], None]):
     """Write the score of an answer to a pipe, and end this process."""
     try:
+        os.setsid()  # a group of its own
         os.closerange(3, pipe)
         os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
         confine()
