@@ -90,7 +90,7 @@ def train_ranks(folder, steps):
     batch = {
         "per_device_train_batch_size": 8,
         "teacher_server_urls": url,
-        "teacher_timeout": 120.0,
+        "teacher_timeout": 400.0,
         "ddp_timeout": 120,
     }
     train(folder, steps, **saving, **batch)
@@ -200,6 +200,7 @@ def kill_any(folder, kills, steps, rng):
         time.sleep(rng.uniform(0.0, 0.6))
         victim = rng.choice(["rank", "server", "run"])
         found.append((victim, *cluster.kill(victim, rng)))
+        (folder / "kills.json").write_text(json.dumps(found) + "\n")
         if cluster.has_ended():
             cluster.start()
     weights = cluster.finish()
