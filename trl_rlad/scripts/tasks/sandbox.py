@@ -3,11 +3,11 @@ Scores answers with reasoning-gym's own scorers, some of which evaluate as Pytho
 
 No code of an answer runs: `eval` is [`evaluate`] there, which takes literals and formulas alone. So an answer can't
 give itself a score, and what it can still do is to take long or need much memory. Therefore each is judged in a fork
-of its own, of a process that has the scorer ready and never reads an answer; the fork has a time, a bound on its
+of its own, of a process that has the scorer ready and never evaluates an answer; the fork has a time, a bound on its
 memory, one pipe for one number, and is ended. Nothing that happens in it is there for the next answer.
 
-Should an answer find a way past `evaluate`, it could set its own score, no other. It finds an empty environment and
-home, no network where the kernel lets a process leave it, no files but those of Python, and no further processes.
+Should an answer find a way past `evaluate`, it could set its own score. It finds an empty environment and home, no
+network where the kernel lets a process leave it, no files but those of Python, and no further processes.
 Python's audit hooks, which see to most of this, are no wall against an attacker who knows them: on a machine with
 something to lose, train in a container.
 """
@@ -140,7 +140,7 @@ def end(worker: subprocess.Popen):
 
 
 def serve():
-    """Have what comes in on stdin, which the parent alone writes, judged in forks. No answer is read here."""
+    """Have what comes in on stdin, which the parent alone writes, judged in forks. No answer is evaluated here."""
     with suppress(AttributeError, OSError):
         # Linux, while there is one thread; where it isn't allowed, nothing happens
         ctypes.CDLL(None).unshare(NEW_USER_AND_NETWORK)
