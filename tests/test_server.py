@@ -1,8 +1,11 @@
 """A teacher behind a URL, against a server of ours that fails by script; `test_vllm.py` has a real one."""
 
 import atexit
+import json
 import logging
+import os
 import re
+import resource
 import shutil
 import threading
 import time
@@ -14,10 +17,24 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from teacher_server import FAULTS, TeacherServer, echo_key, is_check, right, set_last, status, stuck
+from teacher_server import (
+    FAULTS,
+    TeacherServer,
+    changed,
+    drip,
+    echo_key,
+    is_check,
+    long,
+    packed,
+    right,
+    set_last,
+    status,
+    stuck,
+)
 from tenacity import wait_fixed
 from test_routing import MODES, assert_scores, make_dataset, train
 from test_teacher_scorer import make_batch, naive_scores
+from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer, cli
 from trl_rlad.scoring import served
@@ -229,6 +246,229 @@ def test_what_has_come_to_an_end_is_not_under_way(end, serve, tmp_path):
     assert count_at_once(servers, scorer, 8, 8) == [4, 4]
 
 
+# Deaths
+
+
+def test_a_server_that_dies_in_the_middle_of_a_batch(serve, teacher_path, tmp_path):
+    """Rows that are under way when the last answer comes are waited for like all others."""
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server)
+    server.faults = [right, right, stuck, stuck, right, stuck, stuck]
+    with ThreadPoolExecutor(1) as pool:
+        scores = pool.submit(scorer.score, batch, batch["completion_mask"])
+        wait_for(7, server)
+        server.stop()
+        asked = len(server.requests)
+        time.sleep(1.0)  # in which eight attempts have been made long since
+        assert not scores.done()
+        server.start(server.port)
+        assert torch.equal(scores.result(timeout=20)["teacher_mask"], batch["completion_mask"].bool())
+    assert len(server.requests) == asked + 4  # none was asked for while nobody was there, or again
+    assert_right(scorer, teacher_path)
+
+
+@pytest.mark.parametrize("pause", [0.02, 60.0])
+@pytest.mark.parametrize("fault", [status(500), drip, stuck], ids=["500", "drip", "stuck"])
+def test_nothing_is_asked_for_longer_than_promised(pause, fault, serve, tmp_path, monkeypatch):
+    """Not while pauses last, or answers come byte by byte; and those that wait for a place aren't asked for anew."""
+    monkeypatch.setattr(client, "IN_FLIGHT", 2)
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server, failure="grpo", patience=1.0)
+    monkeypatch.setattr(client, "WAIT", wait_fixed(pause))
+    server.fault, start = fault, time.monotonic()
+    scorer.score(batch, batch["completion_mask"])
+    assert scorer.failed_rows == 7 and 1.0 <= time.monotonic() - start < 6.0
+
+
+def test_a_hundred_packed_megabytes_are_not_unpacked(serve, tmp_path):
+    server, batch = serve(), make_batch(rows=1)
+    scorer = make_scorer(tmp_path, server)
+    server.faults, before = [packed], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scorer.score(batch, batch["completion_mask"])
+    assert len(server.requests) == 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_an_answer_is_read_to_its_greatest_length_only(serve, tmp_path):
+    server, batch = serve(), make_batch(rows=1)
+    scorer = make_scorer(tmp_path, server, patience=1.0)
+    server.fault = long
+    with pytest.raises(ServerError, match=r"an answer of more than 1\d{6} bytes"):
+        scorer.score(batch, batch["completion_mask"])
+
+
+@pytest.mark.parametrize("fault", [status(503), stuck], ids=["503", "stuck"])
+def test_one_line_a_minute_says_what_is_waited_for(fault, serve, tmp_path, monkeypatch, caplog):
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server, failure="grpo", patience=3.0)
+    monkeypatch.setattr(client, "TELL_EVERY", 0.5)
+    server.fault = fault
+    scorer.score(batch, batch["completion_mask"])
+    lines = [
+        record.message for record in caplog.records if server.url in record.message and "so far" in record.message
+    ]
+    assert 3 <= len(lines) <= 6
+    cause = "status 503, 'out of order'" if fault is not stuck else "(nothing yet|TimeoutError after 1.5 s)"
+    pattern = rf"{server.url} gave no answer that can be used: {cause}\. For (\d) s so far, (\d) s are left"
+    times = [tuple(map(int, re.fullmatch(pattern, line).groups()[-2:])) for line in lines]
+    assert times == sorted(times, key=lambda each: (each[0], -each[1])) and all(2 <= a + b <= 4 for a, b in times)
+
+
+# Another model
+
+
+def swap(server, path):
+    server.model = AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.fixture(scope="module")
+def other_path(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("other"), seed=2, hidden_size=24, vocab_size=40)
+
+
+@pytest.mark.parametrize("failure", ["raise", "grpo"])
+@pytest.mark.parametrize("when", ["an outage", "a minute", "one of two"])
+def test_another_model_under_the_same_name_ends_training(
+    when, failure, serve, teacher_path, other_path, tmp_path, monkeypatch
+):
+    servers = [serve() for _ in range(1 + (when == "one of two"))]
+    scorer, batch = make_scorer(tmp_path, *servers, failure=failure), make_batch()
+    assert_right(scorer, teacher_path)
+    swap(servers[-1], other_path)
+    if when == "an outage":
+        servers[-1].stop()
+        servers[-1].start(servers[-1].port)
+    else:
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 61.0)
+        monkeypatch.setattr(client, "time", clock)
+    for server in servers:
+        server.requests.clear()
+    reason = rf"{servers[-1].url}/v1/completions scores the same tokens [\d.]+ nats apart from before on average"
+    with pytest.raises(ValueError, match=reason):
+        scorer.score(batch, batch["completion_mask"])
+    assert not servers[-1].requests
+
+
+def test_another_name_in_an_answer_ends_training(serve, tmp_path):
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server)
+
+    def fault(handler, answer):
+        right(handler, answer if is_check(handler) else answer | {"model": "other"})
+
+    server.fault = fault
+    with pytest.raises(ValueError, match=f"{server.url}/v1/completions answers as 'other' instead of 'teacher'"):
+        scorer.score(batch, batch["completion_mask"])
+
+
+# What no distribution has
+
+
+NOT_LOGPS = {
+    "negative logits": lambda logits: logits - logits.max() - 12,
+    "positive logits": lambda logits: logits - logits.min(),
+    "too much in all": lambda logits: logits * 0 - 0.1,
+}
+
+
+@pytest.mark.parametrize("name", NOT_LOGPS)
+def test_another_mode_of_log_probabilities_is_refused(name, serve, tmp_path):
+    server = serve()
+    server.to_scores = NOT_LOGPS[name]
+    with pytest.raises(ValueError, match=rf"{server.url}.*`--logprobs-mode raw_logprobs`"):
+        ServedTeacher([server.url], None, make_args(tmp_path, server.url))
+    assert len(server.checks) == 1
+
+
+BAD_NAMES = {
+    "beyond the vocabulary": ("40", "beyond the vocabulary of 40"),
+    "far beyond": ("9" * 30, "beyond the vocabulary"),
+    "negative": ("-1", "no token's id"),
+    "a word": ("five", "invalid literal"),
+    "digits of others": ("\u0663", "no token's id"),
+    "leading zero": ("07", "no token's id"),
+}
+
+
+@pytest.mark.parametrize("failure", ["raise", "grpo"])
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_named_tokens_are_those_of_the_vocabulary(name, failure, serve, tmp_path, caplog):
+    server, batch = serve(), make_batch()
+    scorer = make_scorer(tmp_path, server, failure=failure, patience=1.0)
+    id, reason = BAD_NAMES[name]
+    server.fault = changed(lambda entries: entries[-1].__setitem__(id, {"logprob": -9.0}))
+    if name.endswith("beyond") or name.startswith("beyond"):
+        with pytest.raises(ValueError, match=reason):
+            scorer.score(batch, batch["completion_mask"], 3)
+    elif failure == "raise":
+        with pytest.raises(ServerError, match=reason):
+            scorer.score(batch, batch["completion_mask"], 3)
+    else:
+        assert not scorer.score(batch, batch["completion_mask"], 3)["teacher_mask"].any()
+        assert reason in caplog.text and "train without it" in caplog.text
+
+
+@pytest.mark.parametrize("value", [True, False, "-1", [-1.0], {}, -(10**400), float("-inf")])
+def test_log_probabilities_are_numbers(value, serve, tmp_path):
+    server, batch = serve(), make_batch(rows=1)
+    scorer = make_scorer(tmp_path, server)
+    server.faults = [set_last(value)]
+    scores = scorer.score(batch, batch["completion_mask"])
+    assert len(server.requests) == 2 and scores["teacher_per_token_logps"].isfinite().all()
+
+
+# What won't get better
+
+
+LLAMA_CPP = {
+    "choices": [{"text": " the", "index": 0, "logprobs": None, "finish_reason": "length"}],
+    "model": "teacher",
+}
+UNFIT = {
+    "no models": (b'{"data": []}', "/v1/models lists no models"),
+    "no list": (b'"hello"', "/v1/models lists no models"),
+    "no names": (
+        b'{"data": [{"id": 5}]}',
+        r"lists a model whose id, root and parent are \(5, None, None\)",
+    ),
+    "length of text": (
+        b'{"data": [{"id": "a", "max_model_len": "4096"}]}',
+        "lists a with a `max_model_len` of '4096'",
+    ),
+    "no length": (b'{"data": [{"id": "a", "max_model_len": NaN}]}', "lists a with a `max_model_len` of nan"),
+    "no key": (status(401, "Unauthorized"), "status 401.* environment variable `VLLM_API_KEY`"),
+    "redirected": (status(301), "status 301"),
+    "invalid": (status(500, "1 validation error for Request"), "status 500, '1 validation error"),
+    "llama.cpp": (json.dumps(LLAMA_CPP).encode(), "without `prompt_logprobs`. Only vLLM's .*llama.cpp's server can't"),
+    "transformers serve": (
+        status(422, """{"detail":"Unexpected fields in the request: {'prompt_logprobs'}"}"""),
+        "status 422.* Only vLLM's .*`transformers serve` and",
+    ),
+    "too many": (
+        status(400, "Requested prompt logprobs of 20, which is greater than max allowed: 5"),
+        "status 400.* `--max-logprobs` must be 20 or more, and at least `teacher_top_k`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_will_not_get_better_is_said_at_once(name, serve, tmp_path):
+    server, (fault, reason) = serve(), UNFIT[name]
+    body = None if callable(fault) else fault
+    fault = (lambda handler, answer: handler.reply(200, body)) if body else fault
+    of_scores = name in ("llama.cpp", "transformers serve", "too many", "invalid")
+    server.fault = lambda handler, answer: (fault if is_check(handler) or not of_scores else right)(handler, answer)
+    with pytest.raises(ValueError, match=f"{server.url}.*{reason}"):
+        ServedTeacher([server.url], None, make_args(tmp_path, server.url, patience=1000.0))
+    assert len(server.checks) == of_scores
+
+
+def test_https_where_http_is_spoken(serve, tmp_path):
+    url = serve().url.replace("http", "https")
+    with pytest.raises(ValueError, match=f"{url}/v1/models .*(WRONG_VERSION_NUMBER|RECORD_LAYER)"):
+        ServedTeacher([url], None, make_args(tmp_path, url, patience=1000.0))
+
+
 # Before training
 
 
@@ -330,6 +570,14 @@ def test_rows_too_long_for_it_are_refused(serve, student_path, tmp_path):
 def test_the_shortest_of_several_servers_bounds_the_rows(lengths, serve, tmp_path):
     urls = [serve(max_model_len=length).url for length in lengths]
     assert ServedTeacher(urls, None, make_args(tmp_path, urls)).max_length == 49
+
+
+def test_an_adapter_is_as_long_as_its_base(serve, tmp_path):
+    server = serve(max_model_len=50)
+    base = server.cards[0]
+    server.cards.append({"id": "tuned", "root": str(tmp_path), "parent": base["id"], "max_model_len": None})
+    teacher = ServedTeacher([server.url], "tuned", make_args(tmp_path, server.url))
+    assert (teacher.model_id, teacher.max_length, teacher.vocab_size) == ("tuned", 49, 40)
 
 
 def test_another_tokenizer_is_refused(serve, student_path, tmp_path):
@@ -542,6 +790,27 @@ def test_too_many_failed_rows_raise_after_all(serve, tmp_path, monkeypatch):
         else:
             with pytest.raises(ServerError, match="no answer for 14 of 14 rows"):
                 scorer.score(batch, batch["completion_mask"])
+
+
+def test_servers_are_let_go(serve, student_path, tmp_path):
+    def count():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    server = serve()
+    args = make_args(tmp_path, server.url, max_steps=1)
+    before = None
+    for _ in range(3):
+        trainer = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
+        assert "teacher servers" not in [thread.name for thread in threading.enumerate()]
+        trainer.train()
+        server.stop()  # its own threads and connections
+        server.start(server.port)
+        before = before or count()
+    wait_until(lambda: count() <= before)
+    trainer.train()  # once more: they are opened again
+    with pytest.raises(ValueError):
+        ServedTeacher([server.url], "another", args)
+    assert "teacher servers" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_an_interpreter_may_end_while_requests_are_under_way(serve, teacher_path, monkeypatch):

@@ -20,7 +20,7 @@ from .model_card import write_model_card
 from .rollouts import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer, number_teachers
 from .teacher_guide import TeacherGuide, read_weights
-from .teachers import TokenContract, create_teacher
+from .teachers import TokenContract, check_settings_of_servers, create_teacher
 
 
 logger = get_logger(__name__)
@@ -239,6 +239,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             "or name its server in `teacher_server_urls`, or set `alpha=1.0` without a `teacher_kl_coef` or "
             "`distillation_fraction` to train with GRPO."
         )
+    if servers.keys() >= teachers.keys():
+        check_settings_of_servers(args)
     if any(_share_weights(model, each) for each in teachers.values()):
         raise ValueError(
             "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "

@@ -257,7 +257,7 @@ class Servers:
             server.told_at = time.monotonic()
             left = max(self.patience - server.silence, 0.0)
             logger.warning(
-                f"{server.problem}. It has been waited for for {server.silence:.0f} s, and {left:.0f} s are left.",
+                f"{server.problem}. For {server.silence:.0f} s so far, {left:.0f} s are left.",
                 main_process_only=False,
             )
 
