@@ -22,7 +22,7 @@ mkdir -p "$(dirname "$home")"
 exec 9> "$home.lock"
 flock 9  # of two first starts one installs it, and the other waits
 if [ ! -e "$home/ready" ]; then
-    echo "Installing vLLM $version in $home, once: some 4 GB (10 with CUDA), and minutes of silence." >&2
+    echo "Installing vLLM $version in $home, once: gigabytes (4 for CPUs), and some minutes of silence." >&2
     rm -rf "$home"
     python3 -m venv "$home"
     if [ $package = vllm ]; then

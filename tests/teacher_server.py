@@ -91,6 +91,38 @@ def long(handler, answer):
     handler.reply(200, json.dumps(answer).encode() + b" " * 2_000_000)
 
 
+def places(answer):
+    """All fields of an answer, each by what holds it and its name there."""
+    items = answer.items() if isinstance(answer, dict) else enumerate(answer) if isinstance(answer, list) else ()
+    for name, value in list(items):
+        yield answer, name
+        yield from places(value)
+
+
+def corrupt(where, value):
+    """A field of the answer, chosen by a share of all of them, is another value, or has another name."""
+
+    def fault(handler, answer):
+        fields = list(places(answer))
+        holder, name = fields[int(where * (len(fields) - 1))]
+        if value == "renamed" and isinstance(holder, dict):
+            holder["-1"] = holder.pop(name)
+        else:
+            holder[name] = value
+        right(handler, answer)
+
+    return fault
+
+
+def die(handler, answer):
+    """The server dies, and is there again soon after."""
+    owner = handler.server.owner
+    with owner.dying:
+        if owner.server is handler.server:
+            owner.stop()
+            threading.Timer(0.1, owner.start, [owner.port]).start()
+
+
 def echo_key(code):
     def fault(handler, answer):
         handler.reply(code, f"not with {handler.headers['Authorization']}".encode())
@@ -169,6 +201,7 @@ class TeacherServer:
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
         self.cards = [{"id": name, "root": str(path), "parent": None, "max_model_len": max_model_len}]
         self.faults, self.fault, self.requests, self.checks, self.keys = [], right, [], [], set()
+        self.dying = threading.Lock()
         self.to_scores = lambda logits: logits.log_softmax(-1)
         self.ending, self.lock = threading.Event(), threading.Lock()
         self.connections = []

@@ -17,10 +17,14 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from teacher_server import (
     FAULTS,
     TeacherServer,
     changed,
+    corrupt,
+    die,
     drip,
     echo_key,
     is_check,
@@ -33,7 +37,7 @@ from teacher_server import (
 )
 from tenacity import wait_fixed
 from test_routing import MODES, assert_scores, make_dataset, train
-from test_teacher_scorer import make_batch, naive_scores
+from test_teacher_scorer import assert_names, make_batch, naive_scores
 from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer, cli
@@ -312,6 +316,46 @@ def test_one_line_a_minute_says_what_is_waited_for(fault, serve, tmp_path, monke
     pattern = rf"{server.url} gave no answer that can be used: {cause}\. For (\d) s so far, (\d) s are left"
     times = [tuple(map(int, re.fullmatch(pattern, line).groups()[-2:])) for line in lines]
     assert times == sorted(times, key=lambda each: (each[0], -each[1])) and all(2 <= a + b <= 4 for a, b in times)
+
+
+CORRUPTIONS = st.builds(
+    corrupt,
+    st.floats(0, 1),
+    st.sampled_from(["renamed", None, True, float("nan"), float("inf"), 10**400, 0.5, "-1.5", [], {}, [[None]]]),
+)
+DISTURBANCES = CORRUPTIONS | st.sampled_from([die, *(FAULTS[name] for name in sorted(FAULTS.keys() - {"stuck"}))])
+
+
+@settings(
+    max_examples=int(os.environ.get("FUZZ_CASES", 25)),
+    deadline=None,
+    derandomize="FUZZ_CASES" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(DISTURBANCES, min_size=1, max_size=12), st.sampled_from([0, 3]))
+def test_right_numbers_or_a_clear_end(faults, top_k, disturbed, teacher_path):
+    """Whatever becomes of the answers, and however often the server dies."""
+    server, scorer, batch = *disturbed, make_batch()
+    start, server.faults = time.monotonic(), faults
+    try:
+        scores = scorer.score(batch, batch["completion_mask"], top_k)
+    except (ServerError, ValueError) as error:
+        assert server.url in str(error) and len(str(error)) > 80
+    else:
+        expected = naive_scores(teacher_path, batch, temperature=1.0)
+        assert (scores["teacher_mask"] == batch["completion_mask"].bool()).all()
+        torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
+        if top_k:
+            assert_names(scores, teacher_path, batch, top_k, shared=40)
+    scorer.scorers[""].release()
+    assert time.monotonic() - start < 25.0
+
+
+@pytest.fixture(scope="module")
+def disturbed(teacher_path, tmp_path_factory):
+    with TeacherServer(teacher_path) as server:
+        yield server, make_scorer(tmp_path_factory.mktemp("disturbed"), server)
+        wait_until(lambda: server.server is not None)
 
 
 # Another model

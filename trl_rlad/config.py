@@ -170,7 +170,7 @@ class RLADConfig(GRPOConfig):
         teacher_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have come to the scoring of a rollout batch, and again to its end.
             A process that is stuck is then named, and training ends. Servers are given half of it, to be ready at the
-            start and to answer.
+            start, to be started again and to answer.
         teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
             Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
             teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed
