@@ -332,7 +332,7 @@ def watched(tmp_path_factory, paths):
     prompt = tiny.make_tokenizer()(tiny.make_dataset()[2]["prompt"])["input_ids"]  # the first that is rank 1's
 
     def fault(handler, answer):
-        is_ours = hasattr(handler, "body") and handler.body["prompt"][: len(prompt)] == prompt
+        is_ours = handler.body is not None and handler.body["prompt"][: len(prompt)] == prompt
         (status(500) if is_ours else right)(handler, answer)
 
     with TeacherServer(paths["teacher"]) as server:
