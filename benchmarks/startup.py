@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trl_rlad import RLADConfig
 from trl_rlad.checkpoints import describe_teacher
-from trl_rlad.teachers import LocalTeacher
-from trl_rlad.teachers.contract import find_nameable_ids, find_unknown_ids, longest_prompt
+from trl_rlad.teachers import LocalTeacher, TokenContract
+from trl_rlad.teachers.contract import longest_prompt
 from trl_rlad.teachers.loading import find_non_finite
 
 
@@ -55,8 +55,8 @@ def main():
     teacher_model = make_teacher(model)
     prompts = [" ".join(f"word{i * j % VOCABULARY}" for j in range(150 + i % 100)) for i in range(PROMPTS)]
     checks = {
-        "tokenizer contract": lambda: find_nameable_ids(
-            student, teacher, find_unknown_ids(student, teacher, [1]), [1]
+        "tokenizer contract": lambda: TokenContract.between(
+            student, SimpleNamespace(tokenizer=teacher, eos_token_ids={1}, vocab_size=VOCABULARY), [1]
         ),
         "fingerprint of the vocabulary": lambda: describe_teacher(
             SimpleNamespace(tokenizer=teacher, name="", config=None), 1.0

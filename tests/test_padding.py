@@ -126,6 +126,57 @@ def trust(monkeypatch):
     monkeypatch.setattr(RLADTrainer, "_trims", property(lambda trainer: trainer.args.trim_padding))
 
 
+class OwnLoss(RLADTrainer):
+    """One whose loss depends on which rows share a micro-batch: it divides by their tokens."""
+
+    def _compute_loss(self, model, inputs):
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")
+        )
+        width = inputs["completion_ids"].size(1)
+        logps = self._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
+        weights = inputs["completion_mask"] * inputs["advantages"].unsqueeze(1)
+        return -(logps * weights).sum() / inputs["completion_mask"].sum()
+
+
+class Mixin:
+    _compute_loss = OwnLoss._compute_loss
+
+
+class MixedIn(RLADTrainer, Mixin, GRPOTrainer):
+    """One whose loss is between ours and TRL's."""
+
+
+@pytest.mark.parametrize("cls", [OwnLoss, MixedIn])
+def test_a_loss_of_ones_own_keeps_its_rows_together(cls, tmp_path, student_path):
+    expected = train(cls, student_path, tmp_path, trim_padding=False)
+    assert_equal_to_rounding(train(cls, student_path, tmp_path), expected, student_path)
+
+
+def test_a_loss_that_is_put_in_later_is_seen(tmp_path, student_path, monkeypatch):
+    trainer = make_trainer(RLADTrainer, student_path, tmp_path)
+    assert trainer._order_is_free
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_compute_loss", OwnLoss._compute_loss)
+        assert not trainer._order_is_free
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs)
+    assert not trainer._order_is_free
+
+
+def test_rounding_is_that_of_the_dtype_in_which_the_student_runs(tmp_path, student_path):
+    start, kwargs = AutoModelForCausalLM.from_pretrained(student_path).state_dict(), {"max_steps": 1}
+    differences = {}
+    for bf16 in (False, True):
+        both = [
+            train(RLADTrainer, student_path, tmp_path, bf16=bf16, trim_padding=trims, **kwargs)
+            for trims in (False, True)
+        ]
+        steps = [torch.cat([(p.detach() - start[name]).flatten() for name, p in each.items()]) for each in both]
+        differences[bf16] = ((steps[1] - steps[0]).norm() / steps[0].norm()).item()
+    assert differences[False] < 1e-5 and 1e-4 < differences[True] < 3e-2, differences
+
+
 def test_passes_are_narrower_and_as_many(tmp_path, student_path, monkeypatch):
     widths = {True: [], False: []}
     score = GRPOTrainer._get_per_token_logps_and_entropies

@@ -13,6 +13,7 @@ ROOMS = (
     "evaluation",
     "packing",
     "trials",
+    "columns",
     "_trl",
     "config",
     "lm_head",

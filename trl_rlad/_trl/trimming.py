@@ -70,7 +70,19 @@ class TrimmingGRPOTrainer(GRPOTrainer):
             or self._entropy_bonus_enabled
             or self.top_entropy_quantile < 1.0
             or self.aux_loss_enabled
+            or self._has_own_loss
         )
+
+    @property
+    def _has_own_loss(self):
+        """Whether a subclass, a mixin or a patch has a loss of which nothing is known here."""
+        losses = [
+            vars(owner)[name]
+            for owner in (self, *type(self).__mro__)
+            for name in ("compute_loss", "_compute_loss")
+            if name in vars(owner)
+        ]
+        return any(loss.__module__.partition(".")[0] not in ("transformers", "trl", "trl_rlad") for loss in losses)
 
     def _cut(self, batch, size, window):
         """Micro-batches of `size` rows of similar lengths, each without the padding of the others."""

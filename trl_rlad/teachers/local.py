@@ -30,7 +30,7 @@ from ..lm_head import LMHead
 from ..packing import sharing_pays
 from ..trials import made_up_tokens, rotates_by_length, tolerance
 from .adapters import add_adapter
-from .contract import find_image_problem
+from .contract import find_ends, find_image_problem
 from .loading import (
     HUB_KWARGS,
     active_deepspeed_config,
@@ -132,6 +132,7 @@ class LocalTeacher:
             raise ValueError(f"The weights of `teacher_model` {self.name!r} aren't finite: {', '.join(damaged[:5])}.")
         self.paths = [(path, self.init_kwargs["revision"]), (get_config_model_id(model.config), None)]
         self.tokenizer: PreTrainedTokenizerBase = load_processing_class(AutoTokenizer, self.paths, self.hub_kwargs)
+        self.eos_token_ids = find_ends(model.generation_config, self.tokenizer)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.max_length = longest_input(model.config)
         self.reads_images = "pixel_values" in inspect.signature(model.forward).parameters

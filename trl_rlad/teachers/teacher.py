@@ -21,6 +21,7 @@ class Teacher(Protocol):
     name: str  # of the model; of a local path, the last part
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: set[int]  # on which it ends its turn
     vocab_size: int  # number of rows of its embedding
     max_length: float  # number of tokens that it can read at once
     is_sharded: bool  # whether each process holds a part of it, so that a forward pass needs all at once
