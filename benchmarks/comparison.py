@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from functools import cache
 from importlib.metadata import version
@@ -37,17 +36,12 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from trl_rlad import RLADConfig, RLADTrainer
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
-
-import offline_distillation  # noqa: E402
-from arguments import MINI, read_method  # noqa: E402
-from make_models import COMPARISON  # noqa: E402
-from sampling import add_teacher_weight, grade, sample  # noqa: E402
-from tasks import Task  # noqa: E402
-from tasks.mini import MAX_COMPLETION_LENGTH, OPERATORS, correctness_reward, make_dataset  # noqa: E402
+from trl_rlad.scripts import distil
+from trl_rlad.scripts.arguments import MINI, read_method
+from trl_rlad.scripts.mini.make_models import COMPARISON
+from trl_rlad.scripts.sampling import add_teacher_weight, grade, sample
+from trl_rlad.scripts.tasks import Task
+from trl_rlad.scripts.tasks.mini import MAX_COMPLETION_LENGTH, OPERATORS, correctness_reward, make_dataset
 
 
 PEOPLE = (2, 3, 4)
@@ -206,7 +200,7 @@ def make_trainer(student, phase, job, steps, output_dir):
     teacher = str(teacher_path(job["student"], job["teacher"], output_dir))
     if phase is OFFLINE:
         samples = load_from_disk(samples_path(job, output_dir))
-        return offline_distillation.make_trainer(student, samples, SFTConfig(str(output_dir / "trainer"), **kwargs))
+        return distil.make_trainer(student, samples, SFTConfig(str(output_dir / "trainer"), **kwargs))
 
     settings = {name: value for name, value in phase.items() if name not in ("guide", "trusted")}
     puzzles = make_dataset(PEOPLE, steps * job["rollouts"] // 8, job["seed"], held_out=False)
@@ -250,7 +244,7 @@ def prepare(plan, output_dir):
     puzzles = make_dataset(PEOPLE, plan["steps"] * plan["rollouts"] // 8, seed=0, held_out=False)
     for teacher in list_teachers(plan):
         if not (path := samples_path(plan | {"teacher": teacher}, output_dir)).exists():
-            samples, counts = offline_distillation.collect(
+            samples, counts = distil.collect(
                 str(teacher_path(plan["student"], teacher, output_dir)),
                 Task(puzzles, None, correctness_reward),
                 samples_per_prompt=8,

@@ -17,11 +17,11 @@ from statistics import mean
 
 import comparison
 import torch
-from arguments import read_method
 
 from trl_rlad import RLADConfig
 from trl_rlad.reports.probe import recommend, report
 from trl_rlad.reports.probe_run import Probe
+from trl_rlad.scripts.arguments import read_method
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,12 +32,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.checkpoints import last_checkpoint
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from tasks.mini import MAX_COMPLETION_LENGTH, correctness_reward, make_dataset  # noqa: E402
+from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.tasks.mini import MAX_COMPLETION_LENGTH, correctness_reward, make_dataset
 
 
 async def reward(**columns):
@@ -69,11 +65,11 @@ def train(folder, steps, callback=None, **kwargs):
         "disable_tqdm": True,
     }
     trainer = RLADTrainer(
-        str(EXAMPLES / "mini" / "student"),
+        str(MINI / "student"),
         reward,
         RLADConfig(str(folder), **settings | kwargs),
         make_dataset([2, 3, 4], 1000, seed=0, held_out=False),
-        teacher_model=str(EXAMPLES / "mini" / "teacher"),
+        teacher_model=str(MINI / "teacher"),
     )
     trainer.remove_callback(PrinterCallback)
     if callback is not None:

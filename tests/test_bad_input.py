@@ -18,14 +18,10 @@ from safetensors.torch import load_file, save_file
 from trl import GRPOConfig
 
 from trl_rlad import RLADTrainer, TRRDLoss
+from trl_rlad.scripts import distil, evaluate, train
 
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples")]
-
-import evaluate  # noqa: E402
-import offline_distillation  # noqa: E402
-import rlad_grpo  # noqa: E402
 
 
 DOCS = ROOT / "docs" / "bad_input.md"
@@ -434,36 +430,36 @@ FOLDER_OF_CHECKPOINTS = "an output folder with checkpoints"
 
 @refused("`rlad_grpo.py`", "`--task_kwargs '{broken'`", "`--task_kwargs` must be JSON")
 def _(place):
-    place.run(rlad_grpo, "--task", "mini", "--task_kwargs", "{broken")
+    place.run(train, "--task", "mini", "--task_kwargs", "{broken")
 
 
 @refused("`rlad_grpo.py`", "`--task_kwargs 3`", "`--task_kwargs`", "settings with names")
 def _(place):
-    place.run(rlad_grpo, "--task_kwargs", "3")
+    place.run(train, "--task_kwargs", "3")
 
 
 for kwargs in ({"n_people": [5]}, {"n_people": [1]}, {"n_people": []}, {"n_people": 3}, {"npeople": [2]}):
     text = json.dumps(kwargs)
 
     refused("`rlad_grpo.py`", f"`--task_kwargs '{text}'` of the mini task", "`--task_kwargs`", "some of 2, 3 and 4")(
-        lambda place, text=text: place.run(rlad_grpo, "--task_kwargs", text)
+        lambda place, text=text: place.run(train, "--task_kwargs", text)
     )
 
 
 for arguments in ("--train_size -5", "--eval_size 0", "--report_steps 0", "--teacher_samples -1"):
     refused("`rlad_grpo.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least")(
-        lambda place, arguments=arguments: place.run(rlad_grpo, *arguments.split())
+        lambda place, arguments=arguments: place.run(train, *arguments.split())
     )
 
 
 @refused("`rlad_grpo.py`", "`--reward_weights 1 2`", "`--reward_weights`")
 def _(place):
-    place.run(rlad_grpo, "--reward_weights", 1, 2)
+    place.run(train, "--reward_weights", 1, 2)
 
 
 @refused("`rlad_grpo.py`", "a task without a student", "`--model_name_or_path`")
 def _(place):
-    place.run(rlad_grpo, "--task", "chain_sum")
+    place.run(train, "--task", "chain_sum")
 
 
 @refused(
@@ -471,41 +467,41 @@ def _(place):
 )
 def _(place):
     arguments = "--task chain_sum --teacher_samples 4 --teacher_server_urls http://localhost:1".split()
-    place.run(rlad_grpo, *arguments, "--model_name_or_path", place.student)
+    place.run(train, *arguments, "--model_name_or_path", place.student)
 
 
 @refused("`rlad_grpo.py`", "`--task chainsum`", "chain_sum")
 def _(place):
-    place.run(rlad_grpo, "--task", "chainsum", "--model_name_or_path", place.student)
+    place.run(train, "--task", "chainsum", "--model_name_or_path", place.student)
 
 
 @refused(
     "`rlad_grpo.py`", "`--resume_from_checkpoint` of a folder that isn't there", "there is no checkpoint in /no/such"
 )
 def _(place):
-    place.run(rlad_grpo, "--resume_from_checkpoint", "/no/such")
+    place.run(train, "--resume_from_checkpoint", "/no/such")
 
 
 @refused("`rlad_grpo.py`", "`--resume_from_checkpoint true` without checkpoints", "there is no checkpoint in")
 def _(place):
-    place.run(rlad_grpo, "--resume_from_checkpoint", "true")
+    place.run(train, "--resume_from_checkpoint", "true")
 
 
 @refused("`rlad_grpo.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
 def _(place):
     place.make_checkpoint()
-    place.run(rlad_grpo)
+    place.run(train)
 
 
 @refused("`offline_distillation.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
 def _(place):
     place.make_checkpoint()
-    place.run(offline_distillation)
+    place.run(distil)
 
 
 for arguments in ("--num_prompts 0", "--eval_size 0", "--samples_per_prompt 0"):
     refused("`offline_distillation.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least 1")(
-        lambda place, arguments=arguments: place.run(offline_distillation, *arguments.split())
+        lambda place, arguments=arguments: place.run(distil, *arguments.split())
     )
 
 
@@ -513,13 +509,13 @@ for arguments in ("--num_prompts 0", "--eval_size 0", "--samples_per_prompt 0"):
     "`offline_distillation.py`", "an output folder that can't be written to", "`output_dir=", "can't be written to"
 )
 def _(place):
-    place.run(offline_distillation, "--output_dir", "/proc/self")
+    place.run(distil, "--output_dir", "/proc/self")
 
 
 @refused("`offline_distillation.py`", "a student that isn't there", "/no/such/student")
 def _(place):
-    place.monkeypatch.setattr(offline_distillation, "collect", None)  # before the teacher samples
-    place.run(offline_distillation, "--task", "mini", "--model_name_or_path", "/no/such/student")
+    place.monkeypatch.setattr(distil, "collect", None)  # before the teacher samples
+    place.run(distil, "--task", "mini", "--model_name_or_path", "/no/such/student")
 
 
 @refused(
@@ -529,11 +525,11 @@ def _(place):
     "`--output_dir`",
 )
 def _(place):
-    place.monkeypatch.setattr(offline_distillation, "collect", None)
+    place.monkeypatch.setattr(distil, "collect", None)
     path = place.folder / "out" / "teacher_samples.json"
     path.parent.mkdir()
     path.write_text('{"settings": {"num_prompts": 7}, "counts": {}}')
-    place.run(offline_distillation, "--eval_size", 1)
+    place.run(distil, "--eval_size", 1)
 
 
 @refused("`evaluate.py`", "`--num_samples 2 --k 3`", "from 1 to `num_samples` = 2")
@@ -544,6 +540,26 @@ def _(place):
 @refused("`evaluate.py`", "`--eval_size 0`", "`--eval_size` must be at least 1")
 def _(place):
     place.run(evaluate, "--eval_size", 0)
+
+
+@refused("`evaluate.py`", "`--top_p 2`", "`--top_p` must be above 0 and at most 1")
+def _(place):
+    place.run(evaluate, "--top_p", 2)
+
+
+@refused("`evaluate.py`", "`--top_p 0`", "`--top_p` must be above 0 and at most 1")
+def _(place):
+    place.run(evaluate, "--top_p", 0)
+
+
+@refused("`evaluate.py`", "`--temperature 0`", "`--temperature` must be a positive number")
+def _(place):
+    place.run(evaluate, "--temperature", 0)
+
+
+@refused("`evaluate.py`", "`--backend hf`", "`--backend` must be 'transformers' or 'vllm'")
+def _(place):
+    place.run(evaluate, "--backend", "hf")
 
 
 @refused("`evaluate.py`", "an `--output` that can't be written", "can't be written to")

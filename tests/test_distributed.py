@@ -187,6 +187,14 @@ def test_an_absent_rank_is_named(tmp_path, paths):
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_a_rank_with_another_setting_ends_all(config, tmp_path, paths):
+    start = time.monotonic()
+    run = launch(tmp_path, config, check=False, of_rank_1={"alpha": 1.0}, **paths)
+    assert run.returncode != 0 and time.monotonic() - start < 120.0
+    assert "ValueError: `alpha` is 0.5 on rank 0 and 1.0 on rank 1" in run.stderr
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_a_teacher_that_one_rank_cannot_load_ends_all(config, tmp_path, paths):
     start = time.monotonic()
     run = launch(tmp_path, config, check=False, lost=1, **paths)

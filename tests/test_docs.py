@@ -7,7 +7,6 @@ import inspect
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,29 +19,23 @@ from trl import ModelConfig, TrlParser
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.cli import COMMANDS
+from trl_rlad.scripts import distil, evaluate, train
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import evaluate  # noqa: E402
-import offline_distillation  # noqa: E402
-import rlad_grpo  # noqa: E402
 
 
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    ROOT / "examples/recipes/README.md",
+    ROOT / "trl_rlad/scripts/recipes/README.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PARSERS = {
-    "examples/rlad_grpo.py": TrlParser((rlad_grpo.ScriptArguments, RLADConfig, ModelConfig)),
+    "examples/rlad_grpo.py": TrlParser((train.ScriptArguments, RLADConfig, ModelConfig)),
     "examples/evaluate.py": TrlParser((evaluate.EvaluationArguments,)),
-    "examples/offline_distillation.py": TrlParser(
-        (offline_distillation.ScriptArguments, offline_distillation.SFTConfig, ModelConfig)
-    ),
+    "examples/offline_distillation.py": TrlParser((distil.ScriptArguments, distil.SFTConfig, ModelConfig)),
 }
 SETTINGS = {field.name for field in fields(RLADConfig)}
 ARGUMENTS = {
@@ -180,6 +173,6 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
 
     rows = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     assert logged == set(rows) - {"scorer_failures"}
-    assert '"scorer_failures"' in (ROOT / "examples/tasks/reasoning.py").read_text()
+    assert '"scorer_failures"' in (ROOT / "trl_rlad/scripts/tasks/reasoning.py").read_text()
     readme = set(re.findall(r"`((?:teacher|clip_ratio|eval_rewards)/[\w@/]+)`", (ROOT / "README.md").read_text()))
     assert readme <= set(rows)

@@ -14,12 +14,11 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_rlad.scripts import train
+from trl_rlad.scripts.arguments import MINI
+
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import rlad_grpo  # noqa: E402
-from arguments import MINI  # noqa: E402
 
 
 ACCELERATE = ["accelerate.commands.launch"]
@@ -110,7 +109,7 @@ def test_any_model_and_task(model, request, tmp_path):
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    rlad_grpo.plot_rewards([1], [0.5], tmp_path / "reward.png")
+    train.plot_rewards([1], [0.5], tmp_path / "reward.png")
     assert capsys.readouterr().out == "No reward.png: it is drawn by matplotlib, which isn't installed.\n"
     assert not list(tmp_path.iterdir())
 
@@ -129,15 +128,15 @@ def test_what_the_command_line_says_is_what_is_trained(tmp_path, monkeypatch):
         seen.update(kwargs)
         raise Done
 
-    monkeypatch.setattr(rlad_grpo, "add_teacher_weight", add_weight)
-    monkeypatch.setattr(rlad_grpo, "RLADTrainer", make_trainer)
+    monkeypatch.setattr(train, "add_teacher_weight", add_weight)
+    monkeypatch.setattr(train, "RLADTrainer", make_trainer)
 
     def run(*arguments):
         seen.clear()
         command = f"--train_size 4 --eval_size 3 --seed 7 --output_dir {tmp_path}".split()
         monkeypatch.setattr(sys, "argv", ["rlad_grpo.py", *command, *arguments])
         with pytest.raises(Done):
-            rlad_grpo.main()
+            train.main()
 
     peft = "--use_peft true --lora_r 3 --load_in_4bit true --model_revision v1".split()
     run("--teacher_samples", "2", "--max_completion_length", "40", *peft)
@@ -170,14 +169,14 @@ def test_accuracy_is_measured_as_the_paper_samples_on_each_difficulty(k):
 
     data = Dataset.from_dict({"difficulty": ["b", "a", "b"], "x": [0, 1, 2]})
     scores = {f"mean@{k}": 0.5} | ({f"pass@{k}": 0.7} if k > 1 else {})
-    assert rlad_grpo.measure(Trainer(), data) == {"a": scores, "b": scores}
+    assert train.measure(Trainer(), data) == {"a": scores, "b": scores}
     paper = {"temperature": 0.6, "top_p": 0.95}
     assert calls == [([1], "eval_a", paper), ([0, 2], "eval_b", paper)]
     assert config == {"temperature": 0.9, "top_p": 0.8}  # training goes on as it was
 
 
 def test_the_bar_shows_the_reward_where_there_is_one():
-    bar, shown = rlad_grpo.RewardBar(), []
+    bar, shown = train.RewardBar(), []
     bar.training_bar = SimpleNamespace(set_postfix=lambda **kwargs: shown.append(kwargs))
     for logs in ({"eval_reward": 1.0}, {"reward": 0.5}):
         bar.on_log(None, None, None, logs=logs)
@@ -185,8 +184,8 @@ def test_the_bar_shows_the_reward_where_there_is_one():
 
 
 def test_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [rlad_grpo.__file__, "--help"])
+    monkeypatch.setattr(sys, "argv", [train.__file__, "--help"])
     with pytest.raises(SystemExit, match="^0$"):
-        rlad_grpo.main()
+        train.main()
     stdout = capsys.readouterr().out
     assert "--teacher_log_ratio_clip" in stdout and "--task" in stdout

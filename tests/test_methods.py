@@ -1,4 +1,4 @@
-"""The methods of `examples/methods/`: what they set, over what, and that the pages say the same."""
+"""The methods of `trl_rlad/scripts/methods/`: what they set, over what, and that the pages say the same."""
 
 import re
 import sys
@@ -12,12 +12,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from trl_rlad import RLADConfig
-
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from arguments import (  # noqa: E402
+from trl_rlad.scripts.arguments import (
     METHODS,
     MINI,
     find_checkpoint,
@@ -25,7 +20,10 @@ from arguments import (  # noqa: E402
     parse_arguments,
     read_method,
 )
-from rlad_grpo import ScriptArguments  # noqa: E402
+from trl_rlad.scripts.train import ScriptArguments
+
+
+ROOT = Path(__file__).parents[1]
 
 
 NAMES = sorted(path.stem for path in METHODS.glob("*.yaml"))

@@ -2,15 +2,9 @@
 
 import random
 import re
-import sys
-from pathlib import Path
 
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
-
-from make_models import MISREADINGS  # noqa: E402
-from tasks.mini import OPERATORS, assignments, draw_puzzles, fits, solve  # noqa: E402
+from trl_rlad.scripts.mini.make_models import MISREADINGS
+from trl_rlad.scripts.tasks.mini import OPERATORS, assignments, draw_puzzles, fits, solve
 
 
 MISREADING = OPERATORS | {"|": MISREADINGS["|"]}

@@ -317,6 +317,25 @@ def time_calls(monkeypatch, cls, name):
     return seconds
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "0", "SCRIPT"], "--prompts must be at least 1, but is 0"),
+        (["--prompts", "-3", "SCRIPT"], "--prompts must be at least 1, but is -3"),
+        (["nowhere.py"], "there is no script nowhere.py"),
+        (["--output", "FOLDER", "SCRIPT"], "--output must be a file for JSON"),
+        (["--output", "FOLDER/probe.png", "SCRIPT"], "--output must be a file for JSON"),
+    ],
+)
+def test_what_the_command_itself_refuses(arguments, message, tmp_path, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("raise AssertionError('it runs')")
+    with pytest.raises(SystemExit):
+        main(["probe", *(each.replace("SCRIPT", str(script)).replace("FOLDER", str(tmp_path)) for each in arguments)])
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [script]
+
+
 def test_command(probe, student_path, teacher_path, tmp_path, monkeypatch):
     seconds = {
         "generation": time_calls(monkeypatch, GRPOTrainer, "_generate"),

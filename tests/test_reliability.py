@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -419,6 +420,77 @@ def test_a_record_holds_what_json_does_not(tmp_path, caplog):
     assert (folder / "rlad.json").exists() and "settings have changed" not in caplog.text
     (folder / "rlad.json").unlink()
     record.compare(str(folder))  # of a GRPO run: nothing is known
+
+
+def test_replaced_weights_of_the_teacher_are_refused(student_path, tmp_path):
+    # Of the same name, vocabulary and commit
+    first, second = (tiny.save_model(tmp_path / name / "teacher", seed) for name, seed in (("a", 1), ("b", 2)))
+    kwargs = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(student_path, first, tmp_path, max_steps=1, **kwargs).train()
+    scores = json.loads((tmp_path / "checkpoint-1" / "rlad.json").read_text())["scores"][""]
+    for teacher in (second, AutoModelForCausalLM.from_pretrained(second)):
+        trainer = make_trainer(student_path, teacher, tmp_path, max_steps=2, **kwargs)
+        with pytest.raises(ValueError, match=r"weights of the teacher 'teacher' are other ones .*delete .*rlad\.json"):
+            trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 1
+    assert len(scores) == 16 and sum(scores) < 0.0
+    make_trainer(student_path, first, tmp_path, max_steps=2, **kwargs).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("text", ['{"teachers": {"": {"na', "[]", "{}", '{"teachers": [], "settings": {}}', ""])
+def test_a_torn_record_is_named(text, checkpoint, student_path, teacher_path, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    (folder / "rlad.json").write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoint-2/rlad\.json can't be read .*delete this file"):
+        make_trainer(student_path, teacher_path, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)  # killed when all is written
+    record = RunRecord(tiny.make_config(tmp_path), {})
+    with pytest.raises(ZeroDivisionError):
+        record.on_save(record_args := tiny.make_config(tmp_path), TrainerState(global_step=1), None)
+    assert record_args.output_dir == str(tmp_path) and not (tmp_path / "checkpoint-1" / "rlad.json").exists()
+
+
+def test_settings_of_grpo_are_compared_too(checkpoint, student_path, teacher_path, tmp_path, caplog):
+    kwargs = {"loss_type": "grpo", "learning_rate": 0.5, "vllm_server_port": 1, "log_unique_prompts": True}
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=3, **kwargs).train(str(checkpoint))
+    (said,) = [record.getMessage() for record in caplog.records if "settings have changed" in record.getMessage()]
+    assert "`loss_type` from dapo to grpo" in said and "`learning_rate` from" in said and said.count("from") == 2
+
+
+def test_a_checkpoint_without_a_record_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    (folder / "rlad.json").unlink()
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    assert "There is no" in caplog.text and "so whether the teacher is the same isn't known" in caplog.text
+
+
+# Processes
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"alpha": 1.0}, "`alpha` is 0.5 on rank 0 and 1.0 on rank 2"),
+        ({"teacher_model": "b"}, "`teacher_model` is 'a'"),
+    ],
+)
+def test_a_setting_in_which_ranks_differ_is_named(other, message, monkeypatch):
+    # By a stub: real processes are in tests/test_distributed.py
+    mine = {"alpha": 0.5, "teacher_model": "a"}
+    monkeypatch.setattr(watchdog, "barrier_group", object)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(watchdog.dist, "monitored_barrier", lambda *args, **kwargs: None)
+    ranks = [mine, mine, mine | other]
+    monkeypatch.setattr(watchdog.dist, "all_gather_object", lambda all, mine, group: all.__setitem__(slice(3), ranks))
+    with pytest.raises(ValueError, match=message):
+        watchdog.check_agreement(mine, 60.0)
+    ranks[2] = mine
+    watchdog.check_agreement(mine, 60.0)
 
 
 def test_another_objective_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):

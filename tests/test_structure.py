@@ -23,6 +23,7 @@ ROOMS = (
     "teacher_guide",
     "trainer",
     "reports",
+    "scripts",
     "commands",
     "cli",
     "__init__",

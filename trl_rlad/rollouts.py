@@ -1,5 +1,6 @@
 """What student and teacher make of each token of a rollout: as records, and in the folder of a run."""
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 
 FOLDER = "rollouts"  # in a run's `output_dir`
+# What a file of rollouts must have to be read again; `clipped` may be missing
+NUMBERS, TEXTS = pa.list_(pa.float64()), pa.list_(pa.string())
+TYPES = {"step": pa.int64(), "group": pa.int64(), "prompt": pa.string(), "reward": pa.float64()}
+TYPES |= {"advantage": pa.float64(), "tokens": TEXTS, "logps": NUMBERS, "teacher_logps": NUMBERS}
 GROUPS = 4  # of one generation batch: enough to see what happens, and a few hundred KB each
 CLIPPED = ("", "teacher", "policy")  # by what the clipping has dropped a token from the gradient
 
@@ -168,7 +173,31 @@ class RolloutLog(TrainerCallback):
 
 
 def read_rollouts(path: str | Path) -> list[dict]:
-    """The records of a Parquet file, or of all those in the folder `rollouts` of a run."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet"))
-    return [record for file in files for record in pq.read_table(file).to_pylist()]
+    """The records of a Parquet file, or of all those in the folder `rollouts` of a run. A file that was not written to
+    its end, or has something else in it, is passed over with a warning."""
+    path, records = Path(path), []
+    for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
+        try:
+            records += _read(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            warnings.warn(f"{file} isn't a whole file of rollouts, so it is passed over: {error}", stacklevel=2)
+    return records
+
+
+def _read(file: Path) -> list[dict]:
+    table, types = pq.read_table(file), TYPES | {"clipped": pa.list_(pa.int64())}
+    if missing := TYPES.keys() - set(table.column_names):
+        raise ValueError(f"it has no column {sorted(missing)[0]}")
+    records = table.cast(
+        pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
+    ).to_pylist()
+    for record in records:
+        lists = [
+            record[name] for name in ("tokens", "logps", "teacher_logps", "clipped") if record.get(name) is not None
+        ]
+        values = [record[name] for name in TYPES if name != "teacher_logps"]
+        if None in [*values, *record["tokens"], *record["logps"]] or len(set(map(len, lists))) > 1:
+            raise ValueError("not every token has its values")
+        if not set(record.get("clipped") or ()) <= set(range(len(CLIPPED))):
+            raise ValueError("its column clipped has other values")
+    return records

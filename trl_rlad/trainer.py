@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel
 
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
-from .checkpoints import RunRecord, last_checkpoint
+from .checkpoints import RunRecord, describe_settings, last_checkpoint
 from .config import RLADConfig
 from .model_card import write_model_card
 from .rollouts import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer, number_teachers
+from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide, read_weights
 from .teachers import TokenContract, create_teacher
 
@@ -105,6 +107,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RLADConfig(f"{model_name.split('/')[-1]}-RLAD")
         teachers = check_arguments(model, args, teacher_model, grpo_kwargs)
+        check_ranks(args, teachers)
         super().__init__(model, reward_funcs, args, *grpo_args, **grpo_kwargs)
 
         self._check_data(teachers)
@@ -245,6 +248,16 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base".'
         )
     return teachers
+
+
+def check_ranks(args: RLADConfig, teachers: dict[str, Any]):
+    """Refuse processes that differ in what is trained, before one waits for what another doesn't do."""
+    # A model object's weights are compared nowhere, and a path may be another one on each machine
+    names = {
+        name: Path(each).name if isinstance(each, str) else type(each).__name__ for name, each in teachers.items()
+    }
+    lengths = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+    check_agreement({"teacher_model": names, **lengths, **describe_settings(args)}, args.ddp_timeout)
 
 
 def check_teacher_ids(dataset: Dataset, teachers: Iterable[str]):

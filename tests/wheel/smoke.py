@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 from trl_rlad import RLADConfig, RLADTrainer
+from trl_rlad.scripts.tasks.mini import correctness_reward, make_dataset
 
 
 mini = Path(sys.argv[1])
-sys.path.append(str(mini.parent))
-from tasks.mini import correctness_reward, make_dataset  # noqa: E402
 
 
 assert mini.parents[1] not in Path(sys.modules["trl_rlad"].__file__).parents, "this is the source, not the wheel"

@@ -32,6 +32,12 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("script", help="a training script")
     parser.add_argument("arguments", nargs=REMAINDER, help="its arguments")
     args = parser.parse_args(arguments)
+    if args.prompts < 1:
+        parser.error(f"--prompts must be at least 1, but is {args.prompts}")
+    if not Path(args.script).is_file():
+        parser.error(f"there is no script {args.script}")
+    if args.output.is_dir() or args.output.suffix in (".png", ".parquet"):
+        parser.error(f"--output must be a file for JSON, but is {args.output}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         trainer = load_trainer(args.script, args.arguments)

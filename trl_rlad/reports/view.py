@@ -130,7 +130,7 @@ def _card(is_open, change, name, key, records):
         rows.append(
             f'<div class="row"><div class="soft">{"<br>".join(facts)}</div><div class="tokens">{tokens}</div></div>'
         )
-    title = f"{escape(name)} · step {key[0]} · group {key[1]} · changed by {change:.2f}"
+    title = f"{escape(name)} · step {escape(str(key[0]))} · group {escape(str(key[1]))} · changed by {change:.2f}"
     prompt = f'<div class="prompt">{escape(records[0]["prompt"])}</div>'
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>{prompt}{''.join(rows)}</details>"
 
@@ -204,6 +204,7 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     from matplotlib.figure import Figure
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif", "font.size": 9}
+    settings["text.parse_math"] = False  # a dollar sign in a name is one
     settings |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,

@@ -4,7 +4,7 @@ Make the teacher and the mistaken student of the miniature example, from scratch
     python examples/mini/make_models.py
     python examples/mini/make_models.py --comparison --output_dir somewhere
 
-The teacher learns worked solutions of knights-and-knaves puzzles (see `examples/tasks/mini.py`) by next-token
+The teacher learns worked solutions of knights-and-knaves puzzles (see `trl_rlad/scripts/tasks/mini.py`) by next-token
 prediction. The student is the teacher trained on to misread `A | C` as "at least one is a knave". So it is confidently
 wrong on most puzzles with that operator, two in five of all, and about as good as the teacher on the others.
 
@@ -16,7 +16,6 @@ sheltered student is small and has no bad habit, but has hardly seen two of the 
 
 import argparse
 import random
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +23,7 @@ import torch
 from tqdm import trange
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
 
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from tasks.mini import (  # noqa: E402
+from trl_rlad.scripts.tasks.mini import (
     EOS,
     MAX_COMPLETION_LENGTH,
     NAMES,
@@ -40,6 +35,9 @@ from tasks.mini import (  # noqa: E402
     make_tokenizer,
     solve,
 )
+
+
+HERE = Path(__file__).parent
 
 
 POOL = {2: 2_000, 3: 10_000, 4: 40_000}  # worked solutions per number of people: the more people, the harder

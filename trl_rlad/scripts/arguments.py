@@ -4,11 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
-from trl_rlad.checkpoints import last_checkpoint
+from ..checkpoints import last_checkpoint
 
 
 MINI = Path(__file__).parent / "mini"
@@ -25,11 +26,14 @@ def parse_arguments(parser: TrlParser, base: Path) -> tuple:
     Parses the command line and the file that its `--config` names.
 
     Where neither names a task or a model, as no file in `examples/methods/` does, both override the file `base`.
+    Without an accelerator `bf16` isn't the default that it is in TRL, which refuses it there.
     """
     arguments = sys.argv[1:]
     named = {argument.split("=")[0].replace("-", "_").lstrip("_") for argument in arguments}
     if "--config" in arguments[:-1]:
         named.update(yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text()) or ())
+    if not torch.accelerator.is_available():
+        parser.set_defaults_with_config(bf16=False)
     if not named & {"task", "model_name_or_path", "help", "h"}:
         parser.set_defaults_with_config(**yaml.safe_load(base.read_text()))
     return parser.parse_args_and_config(arguments)
