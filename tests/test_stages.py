@@ -191,6 +191,7 @@ def test_rows_of_weight_zero_are_grpo_bit_for_bit(settings, tmp_path, student_pa
 def test_our_columns_stay_when_unused_ones_are_removed(tmp_path, student_path, teacher_path):
     dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32).add_column("other", [0] * 32)
     rlad = train(student_path, teacher_path, tmp_path, dataset, remove_unused_columns=True)
+    assert {"teacher_id", "teacher_prompt", "teacher_weight"} <= set(rlad._signature_columns)
     grpo = train(student_path, teacher_path, tmp_path, alpha=1.0)
     assert logged(rlad, "loss") == logged(grpo, "loss") and any(logged(grpo, "loss"))
 
