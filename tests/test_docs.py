@@ -7,7 +7,6 @@ import inspect
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,39 +15,34 @@ import tiny
 import yaml
 from teacher_server import TeacherServer
 from test_routing import make_dataset
-from trl import ModelConfig, TrlParser
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.cli import COMMANDS
+from trl_rlad.scripts import distil, evaluate, train
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import evaluate  # noqa: E402
-import offline_distillation  # noqa: E402
-import rlad_grpo  # noqa: E402
 
 
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    ROOT / "examples/recipes/README.md",
+    ROOT / "trl_rlad/scripts/recipes/README.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PARSERS = {
-    "examples/rlad_grpo.py": TrlParser((rlad_grpo.ScriptArguments, RLADConfig, ModelConfig)),
-    "examples/evaluate.py": TrlParser((evaluate.EvaluationArguments,)),
-    "examples/offline_distillation.py": TrlParser(
-        (offline_distillation.ScriptArguments, offline_distillation.SFTConfig, ModelConfig)
-    ),
+    "examples/rlad_grpo.py": train.make_parser(),
+    "examples/evaluate.py": evaluate.make_parser(),
+    "examples/offline_distillation.py": distil.make_parser(),
 }
+COMMAND_PARSERS = dict(zip(("train", "evaluate", "distil"), PARSERS.values(), strict=True))
 SETTINGS = {field.name for field in fields(RLADConfig)}
 ARGUMENTS = {
     "RLADConfig": SETTINGS,
     "RLADTrainer": {name for cls in RLADTrainer.__mro__[:3] for name in inspect.signature(cls.__init__).parameters},
 }
+LAUNCHING = {"--accelerate_config", "--num_processes", "--help-all"}
 SMALL = ("use_cpu", "bf16", "max_completion_length", "logging_steps", "report_to", "save_strategy", "learning_rate")
 OF_OTHERS = {"k", "logprobs", "weights_only"}  # named on the pages with a value
 
@@ -64,10 +58,18 @@ def check_command(line):
     """The flags of a command line that runs a script of ours, and the files that it names."""
     words = shlex.split(line, comments=True)
     for word in words:
-        if re.fullmatch(r"(examples|benchmarks|tests)/\S+\.\w+|\.?(ci|tests)/\S*run", word) and "NAME" not in word:
+        if (
+            re.fullmatch(r"(examples|benchmarks|tests|trl_rlad)/\S+\.\w+|\.?(ci|tests)/\S*run", word)
+            and "NAME" not in word
+        ):
             assert (ROOT / word).exists(), f"{word} isn't there"
     if "trl-rlad" in words and words[-1] != "trl-rlad":
-        assert words[words.index("trl-rlad") + 1] in COMMANDS, line
+        command, *rest = words[words.index("trl-rlad") + 1 :]
+        assert command in COMMANDS, line
+        if command in COMMAND_PARSERS:
+            flags = {word.partition("=")[0] for word in rest if word.startswith("--")}
+            known = {*COMMAND_PARSERS[command]._option_string_actions, "--config", *LAUNCHING}
+            assert flags <= known, f"`trl-rlad {command}` has no {flags - known}"
     for script in (word for word in words if word.endswith(".py") and (ROOT / word).exists()):
         flags = {word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")}
         if script in PARSERS:
@@ -180,6 +182,6 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
 
     rows = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     assert logged == set(rows) - {"scorer_failures"}
-    assert '"scorer_failures"' in (ROOT / "examples/tasks/reasoning.py").read_text()
+    assert '"scorer_failures"' in (ROOT / "trl_rlad/scripts/tasks/reasoning.py").read_text()
     readme = set(re.findall(r"`((?:teacher|clip_ratio|eval_rewards)/[\w@/]+)`", (ROOT / "README.md").read_text()))
     assert readme <= set(rows)

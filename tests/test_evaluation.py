@@ -3,7 +3,6 @@
 import json
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +10,11 @@ from test_examples import chat_model, vision_model  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.evaluation import pass_at_k
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import evaluate as script  # noqa: E402
-from arguments import MINI  # noqa: E402
-from sampling import encode_prompts, evaluate, grade, sample  # noqa: E402
-from tasks import Task  # noqa: E402
-from tasks.mini import correctness_reward, make_dataset  # noqa: E402
+from trl_rlad.scripts import evaluate as script
+from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.sampling import encode_prompts, evaluate, grade, sample
+from trl_rlad.scripts.tasks import Task
+from trl_rlad.scripts.tasks.mini import correctness_reward, make_dataset
 
 
 STUDENT, TEACHER = str(MINI / "student"), str(MINI / "teacher")

@@ -12,11 +12,10 @@ import tiny
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_rlad.scripts import train
+
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import rlad_grpo  # noqa: E402
 
 
 ACCELERATE = ["accelerate.commands.launch"]
@@ -102,15 +101,15 @@ def test_any_model_and_task(model, request, tmp_path):
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    rlad_grpo.plot_rewards([1], [0.5], tmp_path / "reward.png")
+    train.plot_rewards([1], [0.5], tmp_path / "reward.png")
     assert capsys.readouterr().out == "No reward.png: it is drawn by matplotlib, which isn't installed.\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [rlad_grpo.__file__, "--help"])
+    monkeypatch.setattr(sys, "argv", [train.__file__, "--help"])
     with pytest.raises(SystemExit, match="^0$"):
-        rlad_grpo.main()
+        train.main()
     stdout = capsys.readouterr().out
     assert "--teacher_log_ratio_clip" in stdout and "--task" in stdout
 

@@ -14,6 +14,7 @@ import tiny
 import yaml
 from accelerate import Accelerator
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from teacher_server import TeacherServer
 
 from trl_rlad import RLADTrainer
@@ -32,6 +33,7 @@ from pathlib import Path
 tests, student, teacher, folder = sys.argv[1:]
 sys.path.insert(0, tests)
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 
 hub = HubServer().__enter__()
 environment = hub.env(Path(folder) / "home")
@@ -238,6 +240,48 @@ def test_the_launch_command_keeps_secrets_and_folders_to_itself():
         "--teacher https://example.org/v1/teacher"
     )
     assert launch_command(["-c", "--x", "1"], set()) is None
+    for start in (["/env/bin/trl-rlad", "train"], ["/env/lib/trl_rlad/scripts/train.py"]):
+        assert launch_command([*start, "--alpha", "1"], set()) == "trl-rlad train --alpha 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--password", "it's my secret"], "--password ***"),  # which quotes would change
+        (["--api-key=ab cd", "--wandb_api_key", "x y"], "--api-key=*** --wandb_api_key ***"),
+        (["--model_init_kwargs", '{"token": "ab cd", "x": 1}'], """--model_init_kwargs '{"token": "***", "x": 1}'"""),
+        (["--url", "https://me:pass@host/x"], "--url https://***@host/x"),
+        (["--note", "key sk-0123456789"], "--note 'key ***'"),  # in the environment
+        (["--output_dir", "/home/me/my runs/the best/out"], "--output_dir out"),
+        (["--dir=/home/me/my runs/out", "--max_tokens", "5"], "--dir=out --max_tokens 5"),
+        (["--task_kwargs", '{"a": "/my data/b", "c": "/d/e f/g"}'], """--task_kwargs '{"a": "b", "c": "g"}'"""),
+    ],
+)
+def test_secrets_and_folders_with_blanks_stay_out_of_the_launch_command(arguments, shown, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
+    assert launch_command(["/my home/run.py", *arguments], set()) == f"run.py {shown}"
+
+
+def test_nothing_breaks_out_of_its_place_in_the_card(make_trainer, monkeypatch):
+    evil = "x | y\n\n# heading\n```\n<script>1</script> [a](http://b) `c`"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--note", f"{evil}\n````"])
+    trainer = make_trainer(alpha=0.5)
+    trainer.state.log_history = [{"step": 1, "eval_a|b_runtime": 1.0, "eval_rewards/c|d/mean": 0.5}]
+    for teacher in trainer.run_record.record["teachers"].values():
+        teacher["name"] = evil
+    trainer.create_model_card(model_name=evil, dataset_name=evil)
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    fence = "`````"
+    assert card.count(fence) == 2  # longer than any within
+    command = card[card.index(f"{fence}bash\n") : card.rindex(fence)]
+    rest = card.replace(command, "")[card.index("\n---\n") :]  # YAML has quoted it
+    assert "# heading" in command and "# heading" not in rest and "<script>" not in rest and "](http://b)" not in rest
+    rows = [line for line in rest.splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in rows if "step" not in line.split("|")[2]} <= {3, 4}
+    assert [line.count("|") for line in rows if "a&#124;b" in line or "c&#124;d" in line] == [4, 4]
+    (teacher,) = [line for line in rows if line.startswith("| Teacher")]
+    assert teacher.count("|") == 3 and "&#124;" in teacher
+    assert ModelCard(card).data.library_name == "transformers"
 
 
 def test_a_secret_that_begins_with_another_is_kept_whole():

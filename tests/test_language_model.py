@@ -15,12 +15,13 @@ from hub_server import HubServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
+from trl_rlad.scripts import distil
+from trl_rlad.scripts.tasks import load_task
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import language_model  # noqa: E402
-import offline_distillation  # noqa: E402
-from tasks import load_task  # noqa: E402
 
 
 TASK = ["--task", "knights_knaves", "--task_kwargs", '{"n_people": 2}', "--eval_size", 4, "--seed", 0]
@@ -55,7 +56,7 @@ def tuned(base, tmp_path_factory):
     model = language_model.load(base)
     args = SFTConfig(str(folder / "trainer"), max_length=None, **language_model.trainer_settings(2e-4, 4, 3))
     optimizers = (language_model.make_optimizer(model, 2e-4), None)
-    trainer = offline_distillation.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
+    trainer = distil.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
     trainer.train()
     trainer.save_model(folder / "model")
     return str(folder / "model")

@@ -1,15 +1,9 @@
 """The miniature's worked solutions, read right and misread."""
 
 import random
-import sys
-from pathlib import Path
 
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mini")]
-
-from make_models import MISREADINGS  # noqa: E402
-from tasks.mini import OPERATORS, draw_puzzles, solve  # noqa: E402
+from trl_rlad.scripts.mini.make_models import MISREADINGS
+from trl_rlad.scripts.tasks.mini import OPERATORS, draw_puzzles, solve
 
 
 MISREADING = OPERATORS | {"|": MISREADINGS["|"]}

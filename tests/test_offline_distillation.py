@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -11,15 +10,12 @@ from test_examples import chat_model, vision_model  # noqa: F401
 from transformers import AutoProcessor, AutoTokenizer
 from trl import SFTConfig
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import offline_distillation as script  # noqa: E402
-from arguments import MINI  # noqa: E402
-from offline_distillation import collect, make_trainer  # noqa: E402
-from sampling import add_teacher_weight, evaluate, sample  # noqa: E402
-from tasks import Task  # noqa: E402
-from tasks.mini import correctness_reward, make_dataset, make_tokenizer  # noqa: E402
+from trl_rlad.scripts import distil as script
+from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.distil import collect, make_trainer
+from trl_rlad.scripts.sampling import add_teacher_weight, evaluate, sample
+from trl_rlad.scripts.tasks import Task
+from trl_rlad.scripts.tasks.mini import correctness_reward, make_dataset, make_tokenizer
 
 
 STUDENT, TEACHER = str(MINI / "student"), str(MINI / "teacher")

@@ -1,17 +1,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from trl_rlad.scripts.tasks import load_task
+from trl_rlad.scripts.tasks.reasoning import extract_answer, score_roles
+
 
 pytest.importorskip("reasoning_gym")
-EXAMPLES = str(Path(__file__).parents[1] / "examples")
-sys.path.insert(0, EXAMPLES)
-
-from tasks import load_task  # noqa: E402
-from tasks.reasoning import extract_answer, score_roles  # noqa: E402
 
 
 ENTRY = {
@@ -177,11 +174,11 @@ def test_missing_reasoning_gym(monkeypatch):
 
 
 def test_processes_generate_the_same_questions():
-    code = "from tasks import load_task; print(load_task('knights_knaves', 5)[0]['question'][:])"
+    code = "from trl_rlad.scripts.tasks import load_task; print(load_task('knights_knaves', 5)[0]['question'][:])"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": EXAMPLES},
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             check=True,
         ).stdout

@@ -14,14 +14,12 @@ from test_examples import chat_model  # noqa: F401
 from transformers import AutoTokenizer
 
 from trl_rlad import RLADTrainer
+from trl_rlad.scripts import source, train
+from trl_rlad.scripts.tasks.mathematics import INSTRUCTION, load_math, math_reward
 
 
 pytest.importorskip("reasoning_gym")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import rlad_grpo  # noqa: E402
-from tasks.mathematics import INSTRUCTION, load_math, math_reward  # noqa: E402
 
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"), key=lambda path: path.name)
@@ -90,10 +88,10 @@ def test_one_step(recipe, method, chat_model, teacher, problems, tmp_path, monke
         # Gibberish is rewarded all alike, which leaves nothing to learn
         return task._replace(reward=lambda **columns: [r + i % 2 for i, r in enumerate(task.reward(**columns))])
 
-    original = rlad_grpo.load_task
-    monkeypatch.setattr(rlad_grpo, "load_task", load_task)
-    monkeypatch.setattr(rlad_grpo, "RLADTrainer", Trainer)
-    monkeypatch.setattr(rlad_grpo, "plot_rewards", lambda *args: None)
+    original = source.load_task
+    monkeypatch.setattr(source, "load_task", load_task)
+    monkeypatch.setattr(train, "RLADTrainer", Trainer)
+    monkeypatch.setattr(train, "plot_rewards", lambda *args: None)
     written = yaml.safe_load(recipe.read_text())
     overrides = {"model_name_or_path": chat_model, "teacher_model_name_or_path": teacher, "output_dir": tmp_path}
     overrides |= TINY | {"per_device_train_batch_size": written["num_generations"]}
@@ -103,7 +101,7 @@ def test_one_step(recipe, method, chat_model, teacher, problems, tmp_path, monke
     baseline = documented.group(1).split() if documented else []
     arguments = [*baseline, *(part for name, value in overrides.items() for part in (f"--{name}", str(value)))]
     monkeypatch.setattr(sys, "argv", ["rlad_grpo.py", "--config", str(recipe), *arguments])
-    rlad_grpo.main()
+    train.main()
 
     (trainer,) = trainers
     args = trainer.args

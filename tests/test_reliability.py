@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -132,7 +133,21 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
         ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "Choose a multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 2, "steps_per_generation": 4, "num_iterations": 3,
           "gradient_accumulation_steps": 2}, "Choose a multiple of 6"),
-        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5}, None),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5}, "no effect without a divergence after dist"),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 1.0, "teacher_kl_coef": 1.0}, "without a divergence af"),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5, "teacher_kl_coef": 1.0}, None),
+        ({"teacher_kl_coef": 1.0, "teacher_top_k": 4}, '`teacher_top_k` has no effect without `teacher_kl="forward"`'),
+        ({"teacher_kl_coef": 1.0, "teacher_kl": "forward", "teacher_top_k": 4}, None),
+        ({"distillation_fraction": 1.0, "alpha": 0.3}, "`alpha` has no effect without any training after"),
+        ({"distillation_fraction": 1.0, "teacher_credit": True, "teacher_kl_coef": 0.1, "teacher_kl_coef_final": 0.2},
+         "`teacher_credit`, `teacher_kl_coef`, `teacher_kl_coef_final` has no effect without any training after"),
+        ({"distillation_fraction": 1.0, "alpha": 1.0, "teacher_log_ratio_clip": None}, None),
+        ({"distillation_fraction": 1.0, "teacher_kl": "forward", "teacher_log_ratio_clip": None},
+         "`teacher_log_ratio_clip` has no effect without a term in which the teacher grades"),
+        ({"teacher_kl_coef": 1.0, "alpha": 1.0, "teacher_kl": "forward", "teacher_log_ratio_clip": 2.0}, "grades"),
+        ({"distillation_fraction": 0.9, "alpha": 0.3, "teacher_kl": "forward", "teacher_log_ratio_clip": 2.0}, None),
+        ({"on_teacher_failure": "grpo"}, "`on_teacher_failure` has no effect without `teacher_server_urls`"),
+        ({"on_teacher_failure": "grpo", "teacher_server_urls": "http://localhost"}, None),
         ({"teacher_kl_on": "failed", "teacher_kl_coef_final": 0.5}, None),
         ({"save_strategy": "steps", "save_steps": 4, "num_iterations": 2}, None),
         ({"save_strategy": "steps", "save_steps": 0.5, "num_iterations": 2}, None),
@@ -142,6 +157,26 @@ def test_what_is_only_warned_about(kwargs, message, tmp_path, recwarn):
     tiny.make_config(tmp_path, **kwargs)
     said = [str(w.message) for w in recwarn if "no effect" in str(w.message) or "multiple of" in str(w.message)]
     assert bool(said) == (message is not None) and (not said or message in said[0])
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "warns"),
+    [
+        ({"distillation_fraction": 0.5}, True),
+        ({"teacher_kl_coef": 0.5, "teacher_kl_coef_final": 0.0}, True),
+        ({"distillation_fraction": 0.5, "metric_for_best_model": "eval_loss"}, True),
+        ({"distillation_fraction": 0.5, "metric_for_best_model": "reward"}, False),
+        ({"distillation_fraction": 0.5, "load_best_model_at_end": False}, False),
+        ({"distillation_fraction": 1.0}, False),
+        ({"teacher_kl_coef": 0.5}, False),
+    ],
+)
+def test_that_the_best_loss_is_of_another_phase_is_said(kwargs, warns, tmp_path, recwarn):
+    tiny.make_config(tmp_path, eval_steps=1, lr_scheduler_type="constant", **BEST | kwargs)
+    assert warns == any("made of other terms at the beginning" in str(warning.message) for warning in recwarn)
 
 
 # Metrics
@@ -196,7 +231,7 @@ def test_a_rollout_longer_than_the_teachers_positions(student_path, tmp_path):
         # by the positions of the model times the factor, which the config may or may not have taken into account
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
         ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096),
-        ({"rope_type": "dynamic", "factor": 2.0}, float("inf")),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096),
         ({"full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
     ],
 )
@@ -367,6 +402,77 @@ def test_a_record_holds_what_json_does_not(tmp_path, caplog):
     record.on_save(args, TrainerState(global_step=1, is_world_process_zero=True), None)
     record.compare(str(folder))
     assert (folder / "rlad.json").exists() and "settings have changed" not in caplog.text
+
+
+def test_replaced_weights_of_the_teacher_are_refused(student_path, tmp_path):
+    # Of the same name, vocabulary and commit
+    first, second = (tiny.save_model(tmp_path / name / "teacher", seed) for name, seed in (("a", 1), ("b", 2)))
+    kwargs = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(student_path, first, tmp_path, max_steps=1, **kwargs).train()
+    scores = json.loads((tmp_path / "checkpoint-1" / "rlad.json").read_text())["scores"][""]
+    for teacher in (second, AutoModelForCausalLM.from_pretrained(second)):
+        trainer = make_trainer(student_path, teacher, tmp_path, max_steps=2, **kwargs)
+        with pytest.raises(ValueError, match=r"weights of the teacher 'teacher' are other ones .*delete .*rlad\.json"):
+            trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 1
+    assert len(scores) == 16 and sum(scores) < 0.0
+    make_trainer(student_path, first, tmp_path, max_steps=2, **kwargs).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("text", ['{"teachers": {"": {"na', "[]", "{}", '{"teachers": [], "settings": {}}', ""])
+def test_a_torn_record_is_named(text, checkpoint, student_path, teacher_path, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    (folder / "rlad.json").write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoint-2/rlad\.json can't be read .*delete this file"):
+        make_trainer(student_path, teacher_path, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)  # killed when all is written
+    record = RunRecord(tiny.make_config(tmp_path), {})
+    with pytest.raises(ZeroDivisionError):
+        record.on_save(record_args := tiny.make_config(tmp_path), TrainerState(global_step=1), None)
+    assert record_args.output_dir == str(tmp_path) and not (tmp_path / "checkpoint-1" / "rlad.json").exists()
+
+
+def test_settings_of_grpo_are_compared_too(checkpoint, student_path, teacher_path, tmp_path, caplog):
+    kwargs = {"epsilon": 0.3, "learning_rate": 0.5, "vllm_server_port": 1, "log_unique_prompts": True}
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=3, **kwargs).train(str(checkpoint))
+    (said,) = [record.getMessage() for record in caplog.records if "settings have changed" in record.getMessage()]
+    assert "`epsilon` from 0.2 to 0.3" in said and "`learning_rate` from" in said and said.count("from") == 2
+
+
+def test_a_checkpoint_without_a_record_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    (folder / "rlad.json").unlink()
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    assert "There is no" in caplog.text and "so whether the teacher is the same isn't known" in caplog.text
+
+
+# Processes
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"alpha": 1.0}, "`alpha` is 0.5 on rank 0 and 1.0 on rank 2"),
+        ({"teacher_model": "b"}, "`teacher_model` is 'a'"),
+    ],
+)
+def test_a_setting_in_which_ranks_differ_is_named(other, message, monkeypatch):
+    # By a stub: real processes are in tests/test_distributed.py
+    mine = {"alpha": 0.5, "teacher_model": "a"}
+    monkeypatch.setattr(watchdog, "barrier_group", object)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(watchdog.dist, "monitored_barrier", lambda *args, **kwargs: None)
+    ranks = [mine, mine, mine | other]
+    monkeypatch.setattr(watchdog.dist, "all_gather_object", lambda all, mine, group: all.__setitem__(slice(3), ranks))
+    with pytest.raises(ValueError, match=message):
+        watchdog.check_agreement(mine, 60.0)
+    ranks[2] = mine
+    watchdog.check_agreement(mine, 60.0)
 
 
 def test_another_objective_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):

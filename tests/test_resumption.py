@@ -3,23 +3,18 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import offline_distillation  # noqa: E402
-import rlad_grpo  # noqa: E402
+from trl_rlad.scripts import distil, train
 
 
 RUN = "--max_steps 4 --save_strategy steps --save_steps 2 --logging_steps 1"
 RUN += " --per_device_train_batch_size 16 --eval_size 6"
 ARGUMENTS = {
-    rlad_grpo: "--train_size 48 --teacher_samples 1",
-    offline_distillation: "--num_prompts 12 --samples_per_prompt 2",
+    train: "--train_size 48 --teacher_samples 1",
+    distil: "--num_prompts 12 --samples_per_prompt 2",
 }
 
 
@@ -50,7 +45,7 @@ def test_a_script_goes_on_from_a_checkpoint(script, how, wholes, tmp_path, monke
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     shutil.rmtree(tmp_path / "checkpoint-4")
-    monkeypatch.setattr(offline_distillation, "collect", None)  # what the teacher wrote is kept
+    monkeypatch.setattr(distil, "collect", None)  # what the teacher wrote is kept
     checkpoint = tmp_path / "checkpoint-2"
     resumed = run(script, tmp_path, f"--resume_from_checkpoint {checkpoint if how == 'path' else how}")
     assert losses(resumed) == losses(logs) and len(losses(logs)) == 4
@@ -59,7 +54,7 @@ def test_a_script_goes_on_from_a_checkpoint(script, how, wholes, tmp_path, monke
 
 
 def test_the_log_is_whole_with_measurements_in_between(wholes, tmp_path):
-    logs, (_, plain) = run(rlad_grpo, tmp_path, "--report_steps 2"), wholes[rlad_grpo]
+    logs, (_, plain) = run(train, tmp_path, "--report_steps 2"), wholes[train]
     assert [log["step"] for log in logs if "accuracy/2" in log] == [2, 4]
     assert [log["step"] for log in logs if "reward" in log] == [1, 2, 3, 4]
     assert losses(logs)[:2] == losses(plain)[:2]
@@ -70,7 +65,7 @@ def test_the_results_are_printed_before_anything_is_saved(tmp_path, monkeypatch,
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(rlad_grpo.RLADTrainer, "save_model", full)
+    monkeypatch.setattr(train.RLADTrainer, "save_model", full)
     with pytest.raises(OSError, match="No space left"):
-        run(rlad_grpo, tmp_path, "--save_strategy no --max_steps 1")
+        run(train, tmp_path, "--save_strategy no --max_steps 1")
     assert "Accuracy on 6 held-out puzzles" in capsys.readouterr().out

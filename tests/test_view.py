@@ -345,6 +345,67 @@ def test_the_parts_of_the_page():
     assert f"log(student / teacher): {legend}" in unread.text
 
 
+FOREIGN = {
+    "text": b"no table",
+    "torn": None,
+    "empty": b"",
+    "another table": [{"step": 1}],
+    "script": [record() | {"step": "<script>alert(1)</script>"}],
+    "short": [record() | {"logps": []}],
+    "blank": [record() | {"reward": None}],
+    "silent": [record() | {"logps": [None]}],
+    "no tokens": [record() | {"tokens": None}, record()],
+    "no teacher": [record() | {"teacher_logps": None}, record()],
+    "no log-probability": [record() | {"teacher_logps": [900.0]}],
+    "other cause": [record(clipped=3)],
+    "no list": [record() | {"tokens": "ok"}],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_or_torn_file_of_rollouts_is_named_and_the_others_shown(kind, tmp_path):
+    files = [tmp_path / "run" / "rollouts" / f"rollouts_0000{step}.parquet" for step in (1, 2)]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        pq.write_table(pa.Table.from_pylist([record("seen", step=2)]), file)
+    content = FOREIGN[kind]
+    if isinstance(content, list):
+        pq.write_table(pa.Table.from_pylist(content), files[0])
+    else:
+        files[0].write_bytes(files[0].read_bytes()[:-9] if content is None else content)
+    with pytest.warns(UserWarning, match="rollouts_00001.parquet isn't a whole file of rollouts"):
+        main([str(tmp_path / "run"), "--output", str(tmp_path / "view.html")])
+    assert list(Page((tmp_path / "view.html").read_text()).tokens) == ["seen"]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"log_history": [{"st', "[]", "{}", '{"log_history": 3}', '{"log_history": [{"reward": 1}]}', "\udcff"]
+)
+def test_a_foreign_or_torn_log_is_named_and_the_others_drawn(text, tmp_path):
+    for name in ("a", "b"):
+        write_log(tmp_path / name, 2)
+    (tmp_path / "a" / "trainer_state.json").write_text(text, errors="surrogateescape")
+    with pytest.warns(UserWarning, match="a/trainer_state.json isn't a whole log"):
+        main([*map(str, (tmp_path / "a", tmp_path / "b")), "--output", str(tmp_path / "view.html")])
+    assert [points for _, points in read_curves((tmp_path / "view.html").read_text())["reward"][0]] == [
+        [(1, 0.1), (2, 0.2)]
+    ]
+
+
+def test_what_is_no_number_in_a_log_is_not_drawn(tmp_path):
+    write_log(tmp_path / "run", 2)
+    log = [{"step": 1, "reward": "<script>", "eval_rewards/$x_{/pass@1": 0.5}, {"step": 2, "reward": 0.2}]
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    main([str(tmp_path / "run"), "--output", str(tmp_path / "view.html")])
+    page = (tmp_path / "view.html").read_text()
+    assert "script" not in page and "$x_{" in page
+
+
+def test_step_and_group_are_only_text():
+    page = render([("run", [record() | {"step": "<script>1</script>", "group": "<b>"}], [])])
+    assert not Page(page).names & {"script", "b"}
+
+
 def test_command(tmp_path, capsys):
     run = tmp_path / "run"
     (run / "rollouts").mkdir(parents=True)

@@ -148,7 +148,8 @@ class RLADConfig(GRPOConfig):
         distillation_fraction (`float`, *optional*, defaults to `0.0`):
             Share of training, at its beginning, in which the student only imitates: the advantage is zero, and the
             divergence from the teacher has the coefficient 1 on all completions. After that the teacher has the part
-            that `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation.
+            that `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation,
+            which needs no reward, and of which an evaluation's loss is the divergence too.
 
         > Where the teacher is
 
@@ -177,8 +178,8 @@ class RLADConfig(GRPOConfig):
             then, unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
         on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
             What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"`
-            trains such rows without the teacher, until they are more than a tenth of all so far, and more than a
-            thousand.
+            trains such rows without the teacher (in distillation, not at all), until they are more than a tenth of all
+            so far, and more than a thousand.
 
         > The student's passes
 
@@ -298,13 +299,13 @@ class RLADConfig(GRPOConfig):
                 "training, which leaves little of it for the reward after distillation. Set "
                 '`lr_scheduler_type="constant_with_warmup"`.'
             )
-        names = ("teacher_kl", "teacher_kl_on", "teacher_top_k") if not self.objective.has_kl else ()
-        if idle := [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]:
+        self._warn_of_idle_settings()
+        by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
+        if self.load_best_model_at_end and by_loss and self.objective.at(0.0) != self.objective.at(1.0):
             self._warn(
-                f"`{'`, `'.join(idle)}` has no effect without a divergence from the teacher: set `teacher_kl_coef`."
+                "`load_best_model_at_end` chooses by `eval_loss`, which is made of other terms at the beginning of "
+                "training than at its end. Choose by another metric, such as `metric_for_best_model='reward'`."
             )
-        if self.on_teacher_failure != "raise" and self.teacher_server_urls is None:
-            self._warn("`on_teacher_failure` has no effect without `teacher_server_urls`.")
         steps_of_rollouts = self.steps_per_generation * self.num_iterations
         if (
             self.save_strategy == "steps"
@@ -317,9 +318,28 @@ class RLADConfig(GRPOConfig):
                 f"multiple of {steps_of_rollouts / gcd(steps_of_rollouts, self.gradient_accumulation_steps):g}."
             )
 
+    def _warn_of_idle_settings(self):
+        has_kl, only_distils = self.objective.has_kl, self.distillation_fraction == 1.0
+        has_kl_after = bool(self.teacher_kl_coef or self.teacher_kl_coef_final) and not only_distils
+        grades = (self.alpha < 1.0 and not only_distils) or (has_kl and self.teacher_kl == "reverse")
+        reasons = (
+            ("teacher_kl teacher_kl_on teacher_top_k", has_kl, "a divergence from the teacher: set `teacher_kl_coef`"),
+            ("teacher_kl_on", has_kl_after or not has_kl, "a divergence after distillation, which has it everywhere"),
+            ("alpha teacher_credit teacher_kl_coef teacher_kl_coef_final", not only_distils, "any training after "
+             "distillation: `distillation_fraction=1.0`"),
+            ("teacher_top_k", not has_kl or self.teacher_kl == "forward", '`teacher_kl="forward"`'),
+            ("teacher_log_ratio_clip", grades, "a term in which the teacher grades a sampled token"),
+            ("on_teacher_failure", self.teacher_server_urls is not None, "`teacher_server_urls`"),
+        )  # fmt: skip
+        defaults = {each.name: each.default for each in fields(self)} | ({"alpha": 1.0} if self.alpha == 1.0 else {})
+        for names, is_there, what in reasons:
+            idle = [name for name in names.split() if getattr(self, name) != defaults[name]]
+            if idle and not is_there:
+                self._warn(f"`{'`, `'.join(idle)}` has no effect without {what}.", stacklevel=6)
+
     @staticmethod
-    def _warn(message):
-        warnings.warn(message, stacklevel=5)  # at the line that makes the configuration
+    def _warn(message, stacklevel=5):
+        warnings.warn(message, stacklevel=stacklevel)  # at the line that makes the configuration
 
     @property
     def teacher_servers(self) -> dict[str, list[str]]:

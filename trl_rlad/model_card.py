@@ -1,5 +1,6 @@
 """The model card of a student."""
 
+import os
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, get_token
 from transformers import TrainerState
@@ -18,6 +20,7 @@ from .objective.schedule import Objective
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+SECRET = "(?i:token|secret|passw(?:or)?d|api[-_]?key|access[-_]?key|credentials?)"  # in the name of one
 PACKAGES = "trl-rlad trl transformers accelerate torch datasets tokenizers peft deepspeed vllm".split()
 OBJECTIVE = [each.name for each in fields(Objective) if each.name != "teacher_kl_coef_final"] + ["success_reward"]
 SCHEDULE = (
@@ -45,23 +48,25 @@ def write_model_card(
         values["teacher_kl_coef"] = f"{args.teacher_kl_coef} to {args.teacher_kl_coef_final}"
     settings = {
         "Teacher": ", ".join(name_teacher(each, args.teacher_model_revision) for each in teachers.values()) or "none",
-        "Dataset": dataset_name or "not named",
-        **{f"`{name}`": values[name] for name in OBJECTIVE},
+        "Dataset": plain(dataset_name or "not named"),
+        **{f"`{name}`": plain(values[name]) for name in OBJECTIVE},
         "Steps": state.global_step,
         "Completions in a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
-        **{f"`{name}`": values[name] for name in SCHEDULE},
+        **{f"`{name}`": plain(values[name]) for name in SCHEDULE},
     }
+    command = launch_command(sys.argv, {args.hub_token, get_token(), *chain(*args.teacher_servers.values())})
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        model_name=data.model_name or path.parent.name,
-        base_model=data.base_model,
+        model_name=plain(data.model_name or path.parent.name),
+        base_model=data.base_model and link(data.base_model),
         hub_model_id=hub_model_id,
         paper=paper,
-        evaluations=tabulate(log_history),
+        evaluations=[[plain(cell) for cell in row] for row in tabulate(log_history)],
         picture=draw(log_history, path.with_name("training.png")),
         links=run_links(),
-        command=launch_command(sys.argv, {args.hub_token, get_token(), *chain(*args.teacher_servers.values())}),
+        command=command,
+        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", command or ""))]),  # which nothing in it ends
         num_processes=num_processes,
         settings=settings,
         versions=", ".join(f"{name} {found}" for name in PACKAGES if (found := find_version(name))),
@@ -73,8 +78,13 @@ def name_teacher(teacher: dict[str, Any], revision: str | None) -> str:
     """A teacher's name, and the commit or at least the revision of its weights."""
     name, commit = teacher["name"], teacher.get("commit")
     if commit:
-        return f"[{name}](https://huggingface.co/{name}/tree/{commit}) at `{commit[:7]}`"
-    return f"{name} at `{revision}`" if revision else name
+        return f"{link(name, f'/tree/{commit}')} at `{commit[:7]}`"
+    return f"{plain(name)} at {plain(revision)}" if revision else plain(name)
+
+
+def link(name: str, place: str = "") -> str:
+    """A link to a model on the Hub."""
+    return f"[{plain(name)}](https://huggingface.co/{quote(name)}{place})"
 
 
 def tabulate(log_history: list[dict[str, Any]]) -> list[list[str]]:
@@ -123,14 +133,27 @@ def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
 
 def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None:
     """A command line without secrets, addresses of servers and local folders. `None` where there is no script."""
-    if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
+    path = Path(arguments[0])
+    if path.parts[-2:] == ("scripts", "train.py"):  # that `trl-rlad train` has launched
+        arguments = ["trl-rlad", "train", *arguments[1:]]
+    elif path.suffix != ".py" and path.name != "trl-rlad":  # a notebook, or `python -c`
         return None
-    line = shlex.join(arguments)
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):  # one may begin with another
-        line = line.replace(secret, "***")
-    line = re.sub(r"(?i)(--\S*(?:token|secret|password|api_key)[= ])\S+", r"\1***", line)
-    line = re.sub(r"\bhf_\w{8,}", "***", line)
-    return re.sub(r"(?<![\w.~/])/(?:[^/\s\"']+/)+", "", line)
+    in_environment = {value for name, value in os.environ.items() if re.search(SECRET, name) and len(value) >= 8}
+    words, hidden = [], "_HIDDEN_"  # which needs no quotes
+    for before, word in zip(["", *arguments], arguments, strict=False):  # each before it is quoted, and so changed
+        for secret in sorted(filter(None, {*secrets, *in_environment}), key=len, reverse=True):
+            word = word.replace(secret, hidden)  # the longest first, as one may begin with another
+        if re.fullmatch(rf"-+\S*{SECRET}", before):
+            word = hidden
+        word = re.sub(rf"""({SECRET}["']?\s*[=:]\s*["']?)[^"',}}]+""", rf"\1{hidden}", word)
+        word = re.sub(r"\bhf_\w{8,}|(?<=://)[^/@\s]+(?=@)", hidden, word)
+        words.append(re.sub(r"""(?<![\w.~/])/(?:[^/"',]+/)+""", "", word))
+    return shlex.join(words).replace(hidden, "***")
+
+
+def plain(value: Any) -> str:
+    """A value in one line that Markdown takes for text alone: not for the end of a cell, a link or HTML."""
+    return re.sub(r"[^\w .,:/+@=()-]", lambda match: f"&#{ord(match[0])};", " ".join(str(value).split()))
 
 
 def find_version(name: str) -> str | None:

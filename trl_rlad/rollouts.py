@@ -1,5 +1,6 @@
 """What student and teacher make of each token of a rollout: as records, and in the folder of a run."""
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 
 FOLDER = "rollouts"  # in a run's `output_dir`
+# What a file of rollouts must have to be read again; `clipped` may be missing
+NUMBERS, TEXTS = pa.list_(pa.float64()), pa.list_(pa.string())
+TYPES = {"step": pa.int64(), "group": pa.int64(), "prompt": pa.string(), "reward": pa.float64()}
+TYPES |= {"advantage": pa.float64(), "tokens": TEXTS, "logps": NUMBERS, "teacher_logps": NUMBERS}
 GROUPS = 4  # of one generation batch: enough to see what happens, and a few hundred KB each
 CLIPPED = ("", "teacher", "policy")  # by what the clipping has dropped a token from the gradient
 
@@ -91,20 +96,22 @@ class RolloutLog(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.is_in_table = False  # whether TRL's table has the rows of this generation batch, and not an evaluation's
         self._forget()
 
     def _forget(self):
         # All by the row in the generation batch of all processes
-        self.rewards: dict[int, float] = {}  # of the chosen ones
+        self.rewards: dict[int, float | None] = {}  # of the chosen ones
         self.log_ratios: dict[int, float | None] = {}  # means of all
         self.records: dict[int, dict] = {}  # of the chosen ones
 
     def choose(self, batch: dict, rewards: torch.Tensor) -> dict:
         """Number the rows of a generation batch, `rollout`, and choose what is to be kept. `rewards` are of shape
         `(B,)`."""
-        self._forget()
-        if not self.trainer.model.training:  # its rows are in TRL's table now, which has no place for others
+        self.is_in_table = self.trainer.model.training
+        if not self.is_in_table:
             return batch
+        self._forget()
         advantages = batch["advantages"].reshape(len(rewards), -1)
         numbers = torch.arange(len(rewards), device=advantages.device)
         numbers += len(rewards) * self.trainer.accelerator.process_index
@@ -112,7 +119,7 @@ class RolloutLog(TrainerCallback):
             groups = numbers // self.trainer.num_generations
             with_signal = groups[(advantages != 0).any(1)].unique().tolist()[:GROUPS]
             rows = [row for row, group in enumerate(groups.tolist()) if group in with_signal]
-            self.rewards = {int(numbers[row]): float(rewards[row]) for row in rows}
+            self.rewards = {int(numbers[row]): _known(float(rewards[row])) for row in rows}
         return {**batch, "rollout": numbers}
 
     def record(self, per_token_logps: torch.Tensor, causes: dict[str, torch.Tensor], batch: dict):
@@ -159,7 +166,7 @@ class RolloutLog(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.trainer.fill_column("teacher_log_ratio", self.log_ratios)
+        self.trainer.fill_column("teacher_log_ratio", self.log_ratios if self.is_in_table else {})
         if self.records:
             path = Path(args.output_dir, FOLDER, f"{FOLDER}_{state.global_step:05d}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +175,31 @@ class RolloutLog(TrainerCallback):
 
 
 def read_rollouts(path: str | Path) -> list[dict]:
-    """The records of a Parquet file, or of all those in the folder `rollouts` of a run."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet"))
-    return [record for file in files for record in pq.read_table(file).to_pylist()]
+    """The records of a Parquet file, or of all those in the folder `rollouts` of a run. A file that was not written to
+    its end, or has something else in it, is passed over with a warning."""
+    path, records = Path(path), []
+    for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
+        try:
+            records += _read(file)
+        except (OSError, TypeError, ValueError, pa.ArrowException) as error:
+            warnings.warn(f"{file} isn't a whole file of rollouts, so it is passed over: {error}", stacklevel=2)
+    return records
+
+
+def _read(file: Path) -> list[dict]:
+    table, types = pq.read_table(file), TYPES | {"clipped": pa.list_(pa.int64())}
+    if missing := TYPES.keys() - set(table.column_names):
+        raise ValueError(f"it has no column {sorted(missing)[0]}")
+    schema = pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
+    records = table.cast(schema).to_pylist()
+    for record in records:
+        length = len(record["tokens"])
+        clipped, teacher_logps = (record.get(name) or [None] * length for name in ("clipped", "teacher_logps"))
+        lengths = {length, len(record["logps"]), len(teacher_logps), len(clipped)}
+        logps = record["logps"] + [x for x in teacher_logps if x is not None]
+        values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
+        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"]]
+        kinds = {None, *range(len(CLIPPED))}
+        if not is_whole or not all(x <= 1.0 for x in logps) or not set(clipped) <= kinds:
+            raise ValueError("not every token has what belongs to it")
+    return records

@@ -10,6 +10,7 @@ checkpoint; rollouts from what a training with `log_completions` has written.
 """
 
 import json
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -19,10 +20,22 @@ from ..rollouts import read_rollouts
 
 
 def read_log(path: Path) -> list[dict]:
-    """The log of a run by its output folder; empty if it has none yet."""
-    folders = [path, Path(last_checkpoint(str(path)) or path)]
-    files = [folder / "trainer_state.json" for folder in folders if (folder / "trainer_state.json").exists()]
-    return json.loads(files[0].read_text())["log_history"] if files else []
+    """The numbers in the log of a run by its output folder; empty if it has none yet. A file that can't be read is
+    passed over with a warning."""
+    for folder in (path, Path(last_checkpoint(str(path)) or path)):
+        file = folder / "trainer_state.json"
+        try:
+            log = json.loads(file.read_text())["log_history"]
+            return [
+                {name: x for name, x in entry.items() if isinstance(x, (int, float))}
+                for entry in log
+                if entry["step"] >= 0
+            ]
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            warnings.warn(f"{file} isn't a whole log, so it is passed over: {error!r}", stacklevel=2)
+    return []
 
 
 def read_run(run: str) -> tuple[str, list[dict], list[dict]]:
@@ -41,6 +54,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--step", type=int, help="show only the rollouts of this step")
     parser.add_argument("--tokens", type=int, default=20_000, help="show groups until they have this many tokens")
     args = parser.parse_args(arguments)
+    if args.tokens < 1:
+        parser.error(f"--tokens must be at least 1, but is {args.tokens}")
     runs = [read_run(run) for run in args.runs]
     if args.step is not None:
         runs = [(name, [each for each in rollouts if each["step"] == args.step], log) for name, rollouts, log in runs]

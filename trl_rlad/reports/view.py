@@ -116,8 +116,9 @@ def _card(is_open, change, name, key, records):
     for _, same in groupby(records, key=lambda record: (-record["advantage"], record["tokens"])):
         record, *others = same
         gaps = [x for x in log_ratios(record) if x is not None]
+        reward = "not judged" if record["reward"] is None else f"reward {record['reward']:g}"
         side = "up" if record["advantage"] > 0 else "down" if record["advantage"] < 0 else ""
-        facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · reward {record["reward"]:g}']
+        facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · {reward}']
         facts += [f"{1 + len(others)} times the same"] if others else []
         facts.append(f"mean {mean(gaps):+z.2f}" if gaps else "not read by the teacher")
         clipped = record.get("clipped") or []
@@ -130,7 +131,7 @@ def _card(is_open, change, name, key, records):
         rows.append(
             f'<div class="row"><div class="soft">{"<br>".join(facts)}</div><div class="tokens">{tokens}</div></div>'
         )
-    title = f"{escape(name)} · step {key[0]} · group {key[1]} · changed by {change:.2f}"
+    title = f"{escape(name)} · step {escape(str(key[0]))} · group {escape(str(key[1]))} · changed by {change:.2f}"
     prompt = f'<div class="prompt">{escape(records[0]["prompt"])}</div>'
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>{prompt}{''.join(rows)}</details>"
 
@@ -204,6 +205,7 @@ def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
     from matplotlib.figure import Figure
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif", "font.size": 9}
+    settings["text.parse_math"] = False  # a dollar sign in a name is one
     settings |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,

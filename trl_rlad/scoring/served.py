@@ -1,6 +1,5 @@
 """The rows of a rollout batch, to a teacher behind a URL and back."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 
@@ -53,7 +52,7 @@ class ServedRowScorer(RowScorer):
             future.cancel()  # of a coroutine: that ends its request
         self._sent = {}
 
-    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> Sequence[TokenScores | None]:
+    def _score_slices(self, rows: list[Row], top_k: int) -> list[TokenScores | None]:
         try:
             return self._collect(rows, top_k)
         except BaseException:  # training ends

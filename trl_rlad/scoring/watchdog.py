@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch.distributed as dist
 
@@ -76,3 +77,32 @@ def time_limit(seconds: float, call: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def check_agreement(settings: dict[str, Any], seconds: float):
+    """
+    Compare the settings of all processes, before they wait for each other in what one of them doesn't do.
+
+    Args:
+        settings (`dict[str, Any]`):
+            Those of this process by name.
+        seconds (`float`):
+            Time for all to come here.
+
+    Raises:
+        `ValueError`: if they differ; it names the setting, and its values on two ranks.
+        `TimeoutError`: if a process is missing.
+    """
+    with time_limit(seconds, "the comparison of their settings"):
+        group = barrier_group()
+        if group is None:
+            return
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, settings, group=group)
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"`{name}` is {value!r} on rank 0 and {theirs[name]!r} on rank {rank}: start all processes with "
+                    "the same settings."
+                )

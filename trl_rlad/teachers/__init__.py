@@ -10,7 +10,6 @@ completion token and, where asked, the likeliest tokens in its place. It never h
 - `server`, `client`: teachers behind a URL
 """
 
-from .adapters import AdapterTeacher
 from .client import ServerError
 from .contract import TokenContract
 from .create import check_settings_of_servers, create_teacher

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -17,7 +18,14 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 logger = get_logger(__name__)
 
-IN_FLIGHT = 32  # requests at once to one server, which batches what is there
+
+def in_flight(processes: int) -> int:
+    """Requests that each of so many processes may have at one server, which batches what is there: of all together no
+    more than 256, or one each."""
+    return max(1, min(32, 256 // processes))
+
+
+IN_FLIGHT = in_flight(int(os.environ.get("WORLD_SIZE", 1)))
 ATTEMPTS = 8  # at a request, not counting the wait for servers that answer nothing
 CHECK_EVERY = TELL_EVERY = 60.0  # seconds
 IDLE = 1.0  # seconds without a request after which a server is checked before the next one

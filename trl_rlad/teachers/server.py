@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from accelerate.logging import get_logger
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
 from .client import ONLY_VLLM, Request, Servers, UnfitServerError
+from .contract import find_ends
 from .loading import HUB_KWARGS, load_processing_class
 from .teacher import TokenScores
 
+
+logger = get_logger(__name__)
 
 KEY = "VLLM_API_KEY"  # the environment variable from which vLLM's server takes it too
 # Mean difference in nats between two servers of one model: some hundredths in bfloat16, whole nats for two models
@@ -48,6 +52,7 @@ class ServedTeacher:
     """
 
     is_sharded = shares_prompts = False
+    mixes_rows = True
     length_remedy = "serve it with a higher `--max-model-len`"
 
     def __init__(self, urls: list[str], model: str | None, args: RLADConfig):
@@ -81,26 +86,45 @@ class ServedTeacher:
         root = cards[0].root or self.model_id
         self.name = self.servers.redact(Path(root).name if Path(root).is_absolute() else root)
         places = [model, root, cards[0].parent, cards[0].base, self.model_id]
-        self.tokenizer, self.config = self.find_tokenizer(places)
+        self.tokenizer, self.config, place = self.find_tokenizer(places)
+        self.eos_token_ids = find_ends(self.find_generation_config(place), self.tokenizer)
         self.vocab_size = self.config.get_text_config().vocab_size
         self.shake_hands(urls)
 
-    def find_tokenizer(self, places: list[str | None]) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-        """The tokenizer and the configuration, from the first of these names and paths that has them."""
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
         init_kwargs: dict[str, Any] = self.args.teacher_model_init_kwargs or {}  # type: ignore[assignment]  # parsed
-        hub_kwargs = {name: init_kwargs[name] for name in HUB_KWARGS if name in init_kwargs}
+        return {name: init_kwargs[name] for name in HUB_KWARGS if name in init_kwargs}
+
+    def find_tokenizer(self, places: list[str | None]) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, str]:
+        """The tokenizer and the configuration, from the first of these names and paths that has them, and which."""
         errors = []
         for place in sorted(dict.fromkeys(filter(None, places)), key=lambda place: not Path(place).is_dir()):
             where = place, self.args.teacher_model_revision
             try:
-                config = AutoConfig.from_pretrained(place, revision=where[1], **hub_kwargs)
-                return load_processing_class(AutoTokenizer, [where], hub_kwargs), config
+                config = AutoConfig.from_pretrained(place, revision=where[1], **self.hub_kwargs)
+                return load_processing_class(AutoTokenizer, [where], self.hub_kwargs), config, place
             except (OSError, ValueError) as error:
                 errors.append(f"{place!r}: {str(error).splitlines()[0]}")
         raise ValueError(
             f"The tokenizer of the served teacher isn't found here ({'; '.join(errors)}). Name the model on the Hub, "
             "or a folder with its tokenizer and config.json, as `teacher_model` beside `teacher_server_urls`."
         )
+
+    def find_generation_config(self, place: str) -> GenerationConfig:
+        """That of the model of this name or path, since a server can't be asked for it: by default vLLM reads the same
+        file. Without one, what the configuration has."""
+        files = {"revision": self.args.teacher_model_revision, **self.hub_kwargs}
+        try:
+            return GenerationConfig.from_pretrained(place, **files)
+        except OSError:
+            found = GenerationConfig.from_model_config(self.config)
+            ends = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(find_ends(found, self.tokenizer)))))
+            logger.warning(
+                f"{place} has no generation_config.json, so the served teacher is taken to end its turn with {ends} "
+                "alone. If it has other ends, put that file beside its config.json."
+            )
+            return found
 
     def shake_hands(self, urls: list[str]):
         """Have each server score the same row of random tokens, compare them, and have them do it again ever after."""

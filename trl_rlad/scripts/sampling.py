@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tasks import Task
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl_rlad.evaluation import pass_at_k
+from ..evaluation import pass_at_k
+from .tasks import Task
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str] | list[list[dict]]) -> list[list[int]]:

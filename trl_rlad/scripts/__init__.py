@@ -1,0 +1,1 @@
+"""What `trl-rlad train`, `distil` and `evaluate` run, with their tasks and settings."""
