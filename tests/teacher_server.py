@@ -79,7 +79,7 @@ def drip(handler, answer):
 
 def packed(handler, answer):
     """200 MB of blanks in 200 KB, whatever was accepted."""
-    packer = zlib.compressobj(1, wbits=31)  # gzip's form
+    packer = zlib.compressobj(1, wbits=31)
     body = b"".join(packer.compress(b" " * 1_000_000) for _ in range(200)) + packer.flush()
     handler.send_response(200)
     handler.send_header("Content-Encoding", "gzip")

@@ -52,8 +52,13 @@ HOPELESS = {"positive", "no scores"}  # of those faults
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
+    opened, open_servers = [], client.Servers._open
+    monkeypatch.setattr(client.Servers, "_open", lambda self: opened.append(self) or open_servers(self))
     monkeypatch.setattr(client, "WAIT", wait_fixed(0.02))
     monkeypatch.setenv("VLLM_API_KEY", "open-sesame\n")  # as in a file that a secret is mounted from
+    yield
+    for each in opened:
+        each.close()
 
 
 @pytest.fixture
@@ -373,7 +378,7 @@ def test_right_numbers_or_a_clear_end(faults, top_k, disturbed, teacher_path):
     try:
         scores = scorer.score(batch, batch["completion_mask"], top_k)
     except (ServerError, ValueError) as error:
-        assert server.url in str(error) and len(str(error)) > 80
+        assert server.url in str(error) and len(str(error)) > len(server.url) + 20
     else:
         expected = naive_scores(teacher_path, batch, temperature=1.0)
         assert (scores["teacher_mask"] == batch["completion_mask"].bool()).all()
@@ -404,7 +409,7 @@ def other_path(tmp_path_factory):
 
 
 @pytest.mark.parametrize("failure", ["raise", "grpo"])
-@pytest.mark.parametrize("when", ["an outage", "a minute", "one of two"])
+@pytest.mark.parametrize("when", ["a rest", "a minute", "one of two"])
 def test_another_model_under_the_same_name_ends_training(
     when, failure, serve, teacher_path, other_path, tmp_path, monkeypatch
 ):
@@ -412,9 +417,8 @@ def test_another_model_under_the_same_name_ends_training(
     scorer, batch = make_scorer(tmp_path, *servers, failure=failure), make_batch()
     assert_right(scorer, teacher_path)
     swap(servers[-1], other_path)
-    if when == "an outage":
-        servers[-1].stop()
-        servers[-1].start(servers[-1].port)
+    if when == "a rest":  # in which it was started again
+        monkeypatch.setattr(client, "IDLE", 0.0)
     else:
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 61.0)
         monkeypatch.setattr(client, "time", clock)
@@ -444,6 +448,7 @@ def test_another_name_in_an_answer_ends_training(serve, tmp_path):
 NOT_LOGPS = {
     "negative logits": lambda logits: logits - logits.max() - 12,
     "positive logits": lambda logits: logits - logits.min(),
+    "2.8 nats less": lambda logits: logits.log_softmax(-1) - 2.8,
     "too much in all": lambda logits: logits * 0 - 0.1,
 }
 
@@ -810,6 +815,7 @@ def test_failure_raises_and_leaves_the_last_checkpoint(serve, student_path, tmp_
     be_impatient(trainer)
     with pytest.raises(ServerError, match='resume_from_checkpoint.*on_teacher_failure="grpo"'):
         trainer.train()
+    assert "teacher servers" not in [thread.name for thread in threading.enumerate()]
     server.fault = right
     again = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
     again.train(resume_from_checkpoint=True)
@@ -942,7 +948,7 @@ def test_servers_are_let_go(serve, student_path, tmp_path):
         server.stop()  # its own threads and connections
         server.start(server.port)
         before = before or count()
-    wait_until(lambda: count() <= before)
+    wait_until(lambda: all(now <= then for now, then in zip(count(), before, strict=True)))
     trainer.train()  # once more: they are opened again
     with pytest.raises(ValueError):
         ServedTeacher([server.url], "another", args)
