@@ -244,6 +244,8 @@ def test_the_launch_command_keeps_secrets_and_folders_to_itself():
         "--teacher https://example.org/v1/teacher --WANDB_API_KEY *** --password=***"
     )
     assert launch_command(["-c", "--x", "1"], set()) is None
+    for start in (["/env/bin/trl-rlad", "train"], ["/env/lib/trl_rlad/scripts/train.py"]):
+        assert launch_command([*start, "--alpha", "1"], set()) == "trl-rlad train --alpha 1"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_nothing_breaks_out_of_its_place_in_the_card(make_trainer, monkeypatch):
     fence = "`````"
     assert card.count(fence) == 2  # longer than any within
     command = card[card.index(f"{fence}bash\n") : card.rindex(fence)]
-    rest = card.replace(command, "")
+    rest = card.replace(command, "")[card.index("\n---\n") :]  # YAML has quoted it
     assert "# heading" in command and "# heading" not in rest and "<script>" not in rest and "](http://b)" not in rest
     rows = [line for line in rest.splitlines() if line.startswith("| ")]
     assert {line.count("|") for line in rows if "step" not in line.split("|")[2]} <= {3, 4}
