@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.scripts import train
 from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.source import Source
 
 
 ROOT = Path(__file__).parent.parent
@@ -169,14 +170,15 @@ def test_accuracy_is_measured_as_the_paper_samples_on_each_difficulty(k):
 
     data = Dataset.from_dict({"difficulty": ["b", "a", "b"], "x": [0, 1, 2]})
     scores = {f"mean@{k}": 0.5} | ({f"pass@{k}": 0.7} if k > 1 else {})
-    assert train.measure(Trainer(), data) == {"a": scores, "b": scores}
+    source = Source(None, data, [], None, measured=["accuracy"])
+    assert train.measure(Trainer(), source) == {"a": scores, "b": scores}
     paper = {"temperature": 0.6, "top_p": 0.95}
     assert calls == [([1], "eval_a", paper), ([0, 2], "eval_b", paper)]
     assert config == {"temperature": 0.9, "top_p": 0.8}  # training goes on as it was
 
 
 def test_the_bar_shows_the_reward_where_there_is_one():
-    bar, shown = train.RewardBar(), []
+    bar, shown = train.ProgressLine(), []
     bar.training_bar = SimpleNamespace(set_postfix=lambda **kwargs: shown.append(kwargs))
     for logs in ({"eval_reward": 1.0}, {"reward": 0.5}):
         bar.on_log(None, None, None, logs=logs)

@@ -103,7 +103,7 @@ def test_what_the_miniature_is_the_base_of(parse, tmp_path):
         assert (args.teacher_kl_coef, script_args.train_size) == (0.0, 10_000)
     assert parse()[1].teacher_kl_on == "failed"
     config.write_text("# nothing\n")
-    with pytest.raises(ValueError, match="must contain a YAML mapping"):
+    with pytest.raises(ValueError, match="must be settings with their names, but is None"):
         parse("--config", config)
 
 

@@ -189,7 +189,7 @@ def test_what_the_command_line_says_is_what_is_done(tmp_path, monkeypatch):
     assert (student, args.model_init_kwargs["revision"], args.model_init_kwargs["dtype"]) == (STUDENT, "v1", "float32")
     assert kwargs["peft_config"].r == 3 and kwargs["quantization_config"].load_in_4bit
     monkeypatch.setattr(SFTConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="Run this script with `python`"):
+    with pytest.raises(ValueError, match="Run this in one process"):
         script.main()
 
 

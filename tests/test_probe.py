@@ -545,7 +545,7 @@ def test_what_cannot_be_probed_is_refused(probe, make_trainer, tmp_path, student
 
 def test_a_token_that_the_teacher_has_no_say_on_is_recorded_without_its_figures(make_trainer):
     batch = make_batch()
-    batch |= {"teacher_top_ids": batch["completion_ids"][..., None], "teacher_top_logps": torch.full((6, 7, 1), -0.5)}
+    batch |= {"teacher_entropy": torch.ones(6, 7), "teacher_top1": torch.ones(6, 7)}
     batch |= {"group": torch.arange(6), "reward": torch.arange(6.0)}
     batch["teacher_mask"][0, 1] = False
     guide = ProbeGuide(make_trainer())

@@ -253,7 +253,7 @@ def test_rows_of_weight_zero_are_not_scored(tmp_path, student_path, teacher_path
 def test_a_weight_out_of_range_is_refused_before_training(weight, tmp_path, student_path, teacher_path):
     dataset = tiny.make_dataset().add_column("teacher_weight", [1.0] * 31 + [weight])
     config = tiny.make_config(tmp_path)
-    with pytest.raises(ValueError, match=rf"column `teacher_weight` must be in \[0, 1\] .*but has {weight}"):
+    with pytest.raises(ValueError, match=rf"column `teacher_weight` must be in \[0, 1\] .*but row 31 has {weight}"):
         RLADTrainer(student_path, tiny.reward, config, dataset, teacher_model=teacher_path)
 
 
