@@ -14,8 +14,9 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from trl_rlad import RLADTrainer, TRRDLoss
@@ -75,6 +76,15 @@ class Place:
         tiny.save_model(folder, seed=1, **kwargs)
         return folder
 
+    def make_adapter(self, name="adapter", damaged=False, config=None):
+        config = config or LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(self.teacher), config).save_pretrained(self.folder / name)
+        if damaged:
+            path = self.folder / name / "adapter_model.safetensors"
+            weights = dict(sorted(load_file(path).items())[1:])
+            save_file(weights, path, {"format": "pt"})
+        return self.folder / name
+
     def make_checkpoint(self):
         folder = self.folder / "out" / "checkpoint-5"
         folder.mkdir(parents=True)
@@ -132,6 +142,13 @@ SETTINGS = [
     ("teacher_server_urls", 8000, "an address such as"),
     ("teacher_server_urls", "http://me:secret@localhost", "environment variable `VLLM_API_KEY`"),
     ("teacher_server_urls", "http://localhost?key=secret", "environment variable `VLLM_API_KEY`"),
+    ("teacher_server_urls", "http://localhost:80000", "an address such as"),
+    ("teacher_server_urls", "http://localhost:port", "an address such as"),
+    ("teacher_server_urls", "http://[::1", "an address such as"),
+    ("teacher_server_urls", "http://a..b", "an address such as"),
+    ("teacher_server_urls", "http://local host", "an address such as"),
+    ("teacher_server_urls", "http://localhost\n", "an address such as"),
+    ("teacher_server_urls", "http://localhost#v1", "an address such as"),
     ("on_teacher_failure", "ignore", "'raise' or 'grpo'"),
     ("teacher_timeout", 0.0, "positive number of seconds"),
     ("teacher_timeout", 1e12, "at most 1000000"),
@@ -258,7 +275,25 @@ def _(place):
     place.trainer(teacher=tiny.make_model(1), teacher_server_urls="http://localhost:8000")
 
 
-@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "attempt")
+for idle in ({"teacher_offload": "cpu"}, {"teacher_zero_stage": 3}, {"teacher_model_init_kwargs": {"dtype": "auto"}}):
+    setting = ", ".join(f"`{name}={value!r}`" for name, value in idle.items())
+    refused("trainer", f"{setting} beside `teacher_server_urls`", "no effect on a teacher behind")(
+        lambda place, idle=idle: place.trainer(teacher=None, teacher_server_urls="http://localhost:1", **idle)
+    )
+
+
+@refused("trainer", "`teacher_model='http://localhost:8000'`", "pass it as `teacher_server_urls`")
+def _(place):
+    place.trainer(teacher="http://localhost:8000")
+
+
+@refused("trainer", "a `VLLM_API_KEY` that isn't ASCII", "`VLLM_API_KEY`", "can't be sent in a header")
+def _(place):
+    place.monkeypatch.setenv("VLLM_API_KEY", "op\u00e9n\nsesame")
+    place.trainer(teacher=None, teacher_server_urls="http://localhost:1")
+
+
+@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "asked again and again")
 def _(place):
     place.trainer(teacher_server_urls="http://localhost:1", teacher_timeout=0.4)
 
@@ -430,6 +465,51 @@ def _(place):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
     place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "an adapter of a base that has moved", "can't be loaded", "`base_model_name_or_path`")
+def _(place):
+    adapter = place.make_adapter()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/such/base"}))
+    place.trainer(teacher=str(adapter))
+
+
+@refused("teacher", "an adapter without some of its weights", "can't be loaded", "missing adapter keys", "lora_A")
+def _(place):
+    place.trainer(teacher=str(place.make_adapter(damaged=True)))
+
+
+@refused("teacher", "the same of a base that another one shares", "'b'", "weights are missing", "lora_A")
+def _(place):
+    teachers = {"a": str(place.make_adapter("a")), "b": str(place.make_adapter("b", damaged=True))}
+    dataset = tiny.make_dataset()
+    place.trainer(teacher=teachers, dataset=dataset.add_column("teacher_id", ["a", "b"] * (len(dataset) // 2)))
+
+
+@refused("teacher", "an adapter with added tokens", "don't fit its base", "save the whole model")
+def _(place):
+    base = AutoModelForCausalLM.from_pretrained(place.teacher)
+    base.resize_token_embeddings(44)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(place.folder / "adapter")
+    place.trainer(teacher=str(place.folder / "adapter"))
+
+
+@refused("teacher", "prefix tuning", "PREFIX_TUNING", "only adapters of weights teach")
+def _(place):
+    place.trainer(
+        teacher=str(place.make_adapter(config=PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    )
+
+
+@refused("dataset", "texts longer than dynamic NTK has a number for", "64 positions", '"rope_type": "yarn"')
+def _(place):
+    folder = place.copy_of_teacher(positions=64)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    place.trainer(teacher=str(folder), max_completion_length=62)
 
 
 @refused("teacher", "another tokenizer", "ids stand for different tokens", "shares the student's tokenizer")

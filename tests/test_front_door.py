@@ -136,6 +136,7 @@ def test_a_configuration_of_accelerate_by_its_name(name, tmp_path):
     ("line", "message"),
     [
         ("--teacher_kl_coeff 1.0", "there is no --teacher_kl_coeff: did you mean --teacher_kl_coef?"),
+        ("--num_processes 2", "2 processes without GPUs need a configuration: --accelerate_config zero3"),
         ("--accelerate_config zero4", "Refused: `--accelerate_config zero4` is neither a file nor one of cpu, fsdp2"),
         ("--alpha 2", "Refused: `alpha` must be in [0, 1]"),
         ("--method tdrl", "Refused: `--method tdrl` is none of credit, "),
@@ -148,6 +149,7 @@ def test_a_configuration_of_accelerate_by_its_name(name, tmp_path):
 )
 def test_what_is_refused_is_one_line_and_exits_with_2(line, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
     with pytest.raises(SystemExit, match="^2$"):
         cli(["train", *line.split(), "--bf16", "false", "--teacher_model_name_or_path", "t"])
     error = capsys.readouterr().err

@@ -238,7 +238,7 @@ def test_the_bounds_of_the_rule(changes, in_the_loss, before):
     advice, settings = recommend(changes | estimates), json.loads(STUDY.read_text())["settings"]
     assert advice.keys() == {"before", "in the loss", "settings", "evidence", "limits"}
     assert advice["in the loss"] == in_the_loss and advice["before"].partition(" (")[0] == (before or advice["before"])
-    column = ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
+    column = ", and a column teacher_weight (trl-rlad train --teacher_samples 4)"
     expected = {"GRPO": settings["grpo"], NAMES: settings["rlad_named"], BELIEVED: settings["rlad_named"] + column}
     assert advice["settings"] == expected[in_the_loss]
 

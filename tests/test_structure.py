@@ -12,6 +12,7 @@ ROOMS = (
     "objective",
     "evaluation",
     "packing",
+    "trials",
     "columns",
     "_trl",
     "config",

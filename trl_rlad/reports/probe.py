@@ -237,13 +237,11 @@ def recommend(figures: dict) -> dict[str, str]:
             )
             if names:
                 advice["in the loss"] += ", and is believed where it is right"
-                advice["settings"] += ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
+                advice["settings"] += ", and a column teacher_weight (trl-rlad train --teacher_samples 4)"
     if rescues is None:
         advice["before"] = "unknown: ask with --sample_teacher"
     elif rescues >= 1 / 4:
-        advice["before"] = (
-            "offline distillation of its right answers (examples/offline_distillation.py); then probe again"
-        )
+        advice["before"] = "offline distillation of its right answers (trl-rlad distil); then probe again"
         evidence.append(
             f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was "
             f"best in {offline['best_in']} of {offline['settings']} settings of the study, by "

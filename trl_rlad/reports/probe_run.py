@@ -18,7 +18,7 @@ from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
 from ..rollouts import describe_rollouts
-from ..teacher_guide import TeacherGuide, describe_naming
+from ..teacher_guide import TeacherGuide
 from ..trainer import RLADTrainer
 
 
@@ -106,9 +106,7 @@ class ProbeGuide(TeacherGuide):
             "logps": per_token_logps.float(),
             "teacher_logps": batch["teacher_per_token_logps"].masked_fill(~mask, float("nan")),
         }
-        columns |= {
-            name: value.masked_fill(~mask, float("nan")) for name, value in describe_naming(batch, batch).items()
-        }
+        columns |= {name: batch[f"teacher_{name}"].masked_fill(~mask, float("nan")) for name in ("entropy", "top1")}
         self.records += [{"step": 0, **each} for each in describe_rollouts(batch, self.trainer.tokenizer, columns)]
         return Guidance()
 
@@ -186,7 +184,7 @@ class Probe:
             raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
         if trainer.use_vllm:
             raise ValueError(
-                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `examples/evaluate.py`."
+                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `trl-rlad evaluate`."
             )
         (teacher,) = teachers
         texts = (trainer.tokenizer.decode([id], skip_special_tokens=True) for id in sorted(teacher.eos_token_ids))

@@ -120,7 +120,7 @@ def load_splits(script_args):
     """The splits of a dataset by its name on the Hub, or its folder or file."""
     path, settings = Path(script_args.dataset_name), {"streaming": script_args.dataset_streaming}
     if path.is_file():
-        return load_dataset(str(path.parent), data_files=path.name, **settings)
+        return load_dataset(str(path.absolute().parent), data_files=path.name, **settings)
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, **settings)
 
 

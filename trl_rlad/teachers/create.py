@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
-from .adapters import AdapterTeacher
+from .loading import HUB_KWARGS
 from .local import LocalTeacher
 from .own_base import OwnBaseTeacher
 from .server import ServedTeacher
@@ -42,7 +42,7 @@ def create_teacher(
         urls (`list[str]`, *optional*):
             Addresses of the servers that the teacher is behind. `teacher_model` is then what it is called there.
         bases (`MutableMapping`, *optional*):
-            Where teachers that are adapters of the same base find it, see [`AdapterTeacher`].
+            Where teachers that are adapters of the same base find it.
 
     Raises:
         `TypeError`: if `teacher_model` is neither a name nor a model.
@@ -54,6 +54,8 @@ def create_teacher(
         if isinstance(teacher_model, PreTrainedModel):
             raise TypeError("A teacher is behind one of `teacher_server_urls` or a model object, not both.")
         return ServedTeacher(urls, teacher_model, args)
+    if str(teacher_model).startswith(("http://", "https://")):
+        raise ValueError(f"`teacher_model={teacher_model!r}` is an address: pass it as `teacher_server_urls`.")
     if teacher_model == "base":
         if not is_peft_model(get_student()):
             raise ValueError(
@@ -72,10 +74,7 @@ def create_teacher(
             f"`{type(teacher_model).__name__}`."
         )
     teacher_class = choose_class(args, accelerator)
-    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
-        # It may turn out not to be an adapter, and then it is like any other
-        return AdapterTeacher(teacher_model, args, accelerator, bases)
-    return teacher_class(teacher_model, args, accelerator)
+    return teacher_class(teacher_model, args, accelerator, bases if teacher_class is LocalTeacher else None)
 
 
 def check_own_base(student):
@@ -95,13 +94,25 @@ def check_own_base(student):
             )
 
 
+def check_settings_of_servers(args: RLADConfig):
+    """Raises a `ValueError` for a setting that has no effect if all teachers are behind URLs."""
+    idle = [name for name in ("teacher_offload", "teacher_zero_stage") if getattr(args, name) not in (None, "none")]
+    init_kwargs: dict = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]  # parsed
+    idle += [f"{name}` in `teacher_model_init_kwargs" for name in init_kwargs if name not in HUB_KWARGS]
+    if idle:
+        raise ValueError(
+            f"`{idle[0]}` has no effect on a teacher behind one of `teacher_server_urls`: leave it unset, and start "
+            "the server as you want it."
+        )
+
+
 def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeacher]:
     """The class of a model in these processes. Raises a `ValueError` for settings that this launch can't honour."""
     stage, distributed_type = args.teacher_zero_stage, accelerator.distributed_type
     if distributed_type != DistributedType.DEEPSPEED and stage is not None:
         raise ValueError(
             f"`teacher_zero_stage={stage}` needs DeepSpeed: launch with `accelerate launch --config_file` and one of "
-            "`examples/accelerate_configs/zero*.yaml`, or leave it unset."
+            "`trl_rlad/scripts/accelerate_configs/zero*.yaml`, or leave it unset."
         )
     if distributed_type == DistributedType.FSDP:
         if args.teacher_offload != "none":

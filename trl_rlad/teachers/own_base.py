@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -33,6 +34,12 @@ class OwnBaseTeacher(WrappedTeacher):
         self.max_length = longest_input(config)
         self.eos_token_ids = find_ends(get_student().generation_config, tokenizer)
         self.is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+    @cached_property
+    def mixes_rows(self):
+        """As any teacher's. The student's base is tried when it first scores: sharded, it can't run before."""
+        self.try_roads()
+        return self.__dict__["mixes_rows"]
 
     @property
     def model(self):

@@ -28,6 +28,10 @@ class Teacher(Protocol):
     shares_prompts: bool  # whether completions of one prompt can run on one copy of its key-value cache
     length_remedy: str  # what else than another teacher helps where rows are too long
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether rows of other prompts and lengths can run beside each other."""
+
     def placed(self) -> AbstractContextManager:
         """A context in which it is where it scores."""
 
