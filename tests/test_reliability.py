@@ -199,6 +199,7 @@ BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy
         ({"distillation_fraction": 0.5, "metric_for_best_model": "eval_loss"}, True),
         ({"distillation_fraction": 0.5, "metric_for_best_model": "reward"}, False),
         ({"distillation_fraction": 0.5, "load_best_model_at_end": False}, False),
+        ({"distillation_fraction": 0.5, "load_best_model_at_end": False, "metric_for_best_model": "loss"}, True),
         ({"distillation_fraction": 1.0}, False),
         ({"teacher_kl_coef": 0.5}, False),
     ],
