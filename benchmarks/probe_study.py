@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 import comparison
+import tables
 import torch
 
 from trl_rlad import RLADConfig
@@ -26,7 +27,7 @@ from trl_rlad.scripts.arguments import read_method
 
 RESULTS = Path(__file__).parent / "results"
 QUOTED = Path(__file__).parents[1] / "trl_rlad" / "reports" / "study.json"
-CASES = [(student, teacher) for student in comparison.STUDENTS for teacher in comparison.TEACHERS]
+CASES = [(student, teacher) for student in comparison.STUDENTS for teacher in ("strong", "flawed")]
 FIGURES = (
     "mean@1 pass@k signal all_failed student_entropy gap beyond_clip discrimination teacher_auc student_auc "
     "prefers_rewarded prefers_punished contradicted_failed contradicted_succeeded top1 entropy clip_high@0.5 "
@@ -46,25 +47,24 @@ after training, in points, from the runs of [the comparison](../../comparison.py
 def gains(student, teacher, methods=METHODS):
     """Gain over GRPO of each method in the study, in points, with half the width of its 95% interval."""
     plan = comparison.make_plan(student)
-    results = comparison.read_results(RESULTS / "comparison_runs.jsonl")
-    rates = comparison.choose_rates(comparison.select(results, comparison.shorten(plan)), plan)
-    runs = comparison.select(results, plan)
-    grpo = comparison.pick(runs, "GRPO", teacher, rates["GRPO"], plan["seeds"])
+    results = tables.read_results(RESULTS / "comparison_runs.jsonl")
+    rates = tables.choose_rates(tables.select(results, comparison.shorten(plan)), plan)
+    runs = tables.select(results, plan)
+    grpo = tables.pick(runs, "GRPO", teacher, rates["GRPO"], plan["seeds"])
     found = {}
     for method in methods:
-        of_method = comparison.pick(runs, method, teacher, rates.get(method), plan["seeds"]) if method in rates else []
+        of_method = tables.pick(runs, method, teacher, rates.get(method), plan["seeds"]) if method in rates else []
         if of_method:
-            differences = [
-                100 * (comparison.final(a) - comparison.final(b)) for a, b in zip(of_method, grpo, strict=True)
-            ]
-            found[method] = mean(differences), comparison.interval(differences)
+            differences = [100 * (tables.final(a) - tables.final(b)) for a, b in zip(of_method, grpo, strict=True)]
+            found[method] = mean(differences), tables.interval(differences)
     return found
 
 
 def probe(student, teacher, prompts, models):
     plan = comparison.make_plan(student)
     job = {"student": student, "teacher": teacher, "rate": 0.0, "seed": 0, "rollouts": 128}
-    trainer = comparison.make_trainer(str(comparison.student_path(student, models)), {}, job, plan["steps"], models)
+    bed = comparison.BEDS[student]
+    trainer = comparison.make_trainer(str(bed.path(bed.student, models)), {}, job, plan["steps"], models)
     trainer.args.per_device_eval_batch_size = 128
     probe = Probe(trainer)
     probe.run(prompts)
@@ -137,9 +137,8 @@ def run(args):
     """Probe every case, and write the table."""
     torch.set_num_threads(1)
     args.models.mkdir(parents=True, exist_ok=True)
-    for name in ("flawed_teacher", "hasty_student", "sheltered_student"):
-        if not (args.models / name).exists():
-            comparison.COMPARISON[name](args.models / name)
+    for student, teacher in CASES:
+        comparison.BEDS[student].prepare(teacher, args.models)
     found = {case: probe(*case, args.prompts, args.models) for case in CASES}
 
     rows = [["", *(f"{student}, {teacher}" for student, teacher in CASES)]]

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
-from comparison import STUDENTS, choose_rates, final, interval, make_plan, pick, read_results, select, shorten
+from comparison import STUDENTS, make_plan, split
+from tables import final, interval, pick, read_results
 
 
 # On-policy distillation - GRPO and TRRD - GRPO, in points of accuracy
@@ -61,8 +62,7 @@ def main():
     every_result = read_results(args.runs)
     for student in STUDENTS:
         plan = make_plan(student)
-        results = select(every_result, plan)
-        rates = choose_rates(select(every_result, shorten(plan)), plan)
+        results, _, rates = split(every_result, plan)
         for teacher in ("strong", "flawed")[: 1 + ("on-policy distillation" in plan["flawed"])]:
             x, x_width = gains(results, plan, rates, "on-policy distillation", teacher)
             place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}

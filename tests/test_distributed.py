@@ -15,11 +15,12 @@ import torch
 import twin
 import yaml
 from distributed_worker import make_ragged_batch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from teacher_server import TeacherServer, right, status
 from test_probe import SCRIPT
 from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
+from transformers import AutoModelForCausalLM
 
 from trl_rlad.rollouts import read_rollouts
 
@@ -140,6 +141,19 @@ def test_fsdp2(tmp_path, paths, unsharded):
     assert_losses(results, unsharded)
     limit = 0.7 * tiny.make_model(**TEACHER).num_parameters()  # half of all, a whole layer, and the two ends
     assert all(result["most_parameters"] < limit for result in results), "a full copy of the teacher"
+
+
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_a_sharded_adapter(way, tmp_path, paths):
+    # On the LM head too, which is then asked for all its logits: that is tried by both processes at once
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=2, init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(paths["teacher"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    options = {"student": paths["student"], "teacher": str(tmp_path / "adapter")}
+    options |= {"fsdp": "no"} if way == "fsdp2" else {}
+    results = launch(tmp_path / "run", "ddp" if way == "fsdp2" else way, **options)
+    assert results[0]["teacher"] == ("FSDPTeacher" if way == "fsdp2" else "ZeRO3Teacher")
+    assert_scores(results, tmp_path / "adapter")
 
 
 def test_fsdp2_in_bf16_scores_in_float32(tmp_path, paths):
@@ -318,7 +332,7 @@ def watched(tmp_path_factory, paths):
     prompt = tiny.make_tokenizer()(tiny.make_dataset()[2]["prompt"])["input_ids"]  # the first that is rank 1's
 
     def fault(handler, answer):
-        is_ours = hasattr(handler, "body") and handler.body["prompt"][: len(prompt)] == prompt
+        is_ours = handler.body is not None and handler.body["prompt"][: len(prompt)] == prompt
         (status(500) if is_ours else right)(handler, answer)
 
     with TeacherServer(paths["teacher"]) as server:

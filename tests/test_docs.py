@@ -15,7 +15,6 @@ import tiny
 import yaml
 from teacher_server import TeacherServer
 from test_routing import make_dataset
-from trl import ModelConfig, TrlParser
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.cli import COMMANDS
@@ -33,15 +32,17 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PARSERS = {
-    "examples/rlad_grpo.py": TrlParser((train.ScriptArguments, RLADConfig, ModelConfig)),
-    "examples/evaluate.py": TrlParser((evaluate.EvaluationArguments,)),
-    "examples/offline_distillation.py": TrlParser((distil.ScriptArguments, distil.SFTConfig, ModelConfig)),
+    "examples/rlad_grpo.py": train.make_parser(),
+    "examples/evaluate.py": evaluate.make_parser(),
+    "examples/offline_distillation.py": distil.make_parser(),
 }
+COMMAND_PARSERS = dict(zip(("train", "evaluate", "distil"), PARSERS.values(), strict=True))
 SETTINGS = {field.name for field in fields(RLADConfig)}
 ARGUMENTS = {
     "RLADConfig": SETTINGS,
     "RLADTrainer": {name for cls in RLADTrainer.__mro__[:3] for name in inspect.signature(cls.__init__).parameters},
 }
+LAUNCHING = {"--accelerate_config", "--num_processes", "--help-all"}
 SMALL = ("use_cpu", "bf16", "max_completion_length", "logging_steps", "report_to", "save_strategy", "learning_rate")
 OF_OTHERS = {"k", "logprobs", "weights_only"}  # named on the pages with a value
 
@@ -57,10 +58,18 @@ def check_command(line):
     """The flags of a command line that runs a script of ours, and the files that it names."""
     words = shlex.split(line, comments=True)
     for word in words:
-        if re.fullmatch(r"(examples|benchmarks|tests)/\S+\.\w+|\.?(ci|tests)/\S*run", word) and "NAME" not in word:
+        if (
+            re.fullmatch(r"(examples|benchmarks|tests|trl_rlad)/\S+\.\w+|\.?(ci|tests)/\S*run", word)
+            and "NAME" not in word
+        ):
             assert (ROOT / word).exists(), f"{word} isn't there"
     if "trl-rlad" in words and words[-1] != "trl-rlad":
-        assert words[words.index("trl-rlad") + 1] in COMMANDS, line
+        command, *rest = words[words.index("trl-rlad") + 1 :]
+        assert command in COMMANDS, line
+        if command in COMMAND_PARSERS:
+            flags = {word.partition("=")[0] for word in rest if word.startswith("--")}
+            known = {*COMMAND_PARSERS[command]._option_string_actions, "--config", *LAUNCHING}
+            assert flags <= known, f"`trl-rlad {command}` has no {flags - known}"
     for script in (word for word in words if word.endswith(".py") and (ROOT / word).exists()):
         flags = {word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")}
         if script in PARSERS:

@@ -240,6 +240,8 @@ def test_the_launch_command_keeps_secrets_and_folders_to_itself():
         "--teacher https://example.org/v1/teacher"
     )
     assert launch_command(["-c", "--x", "1"], set()) is None
+    for start in (["/env/bin/trl-rlad", "train"], ["/env/lib/trl_rlad/scripts/train.py"]):
+        assert launch_command([*start, "--alpha", "1"], set()) == "trl-rlad train --alpha 1"
 
 
 @pytest.mark.parametrize(

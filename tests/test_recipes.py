@@ -14,7 +14,7 @@ from test_examples import chat_model  # noqa: F401
 from transformers import AutoTokenizer
 
 from trl_rlad import RLADTrainer
-from trl_rlad.scripts import train
+from trl_rlad.scripts import source, train
 from trl_rlad.scripts.tasks.mathematics import INSTRUCTION, load_math, math_reward
 
 
@@ -88,8 +88,8 @@ def test_one_step(recipe, method, chat_model, teacher, problems, tmp_path, monke
         # Gibberish is rewarded all alike, which leaves nothing to learn
         return task._replace(reward=lambda **columns: [r + i % 2 for i, r in enumerate(task.reward(**columns))])
 
-    original = train.load_task
-    monkeypatch.setattr(train, "load_task", load_task)
+    original = source.load_task
+    monkeypatch.setattr(source, "load_task", load_task)
     monkeypatch.setattr(train, "RLADTrainer", Trainer)
     monkeypatch.setattr(train, "plot_rewards", lambda *args: None)
     written = yaml.safe_load(recipe.read_text())

@@ -5,6 +5,9 @@ from importlib import import_module
 
 
 COMMANDS = {
+    "train": "train a student while a teacher guides it, on any dataset; without arguments, in miniature",
+    "distil": "the offline baseline: imitate a teacher's right answers",
+    "evaluate": "measure a model on held-out puzzles",
     "probe": "see whether a teacher is worth it for a student and a task, before training",
     "view": "look at the rollouts and the curves of runs, in one HTML file",
     "compare": "compare the scores of a teacher behind a URL with those of a copy at hand",
@@ -19,7 +22,7 @@ def main(arguments: list[str] | None = None):
     if name in COMMANDS:
         return import_module(f"trl_rlad.commands.{name}").main(rest)
     print("usage: trl-rlad COMMAND ...\n")
-    print("\n".join(f"  {command:<7} {purpose}" for command, purpose in COMMANDS.items()))
+    print("\n".join(f"  {command:<9} {purpose}" for command, purpose in COMMANDS.items()))
     print("\n`trl-rlad COMMAND --help` tells more.")
     if name not in ("--help", "-h"):
         sys.exit(f"There is no command {name!r}.")

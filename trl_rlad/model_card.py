@@ -133,7 +133,10 @@ def draw(log_history: list[dict[str, Any]], path: Path) -> str | None:
 
 def launch_command(arguments: list[str], secrets: set[str | None]) -> str | None:
     """A command line without secrets, addresses of servers and local folders. `None` where there is no script."""
-    if not arguments[0].endswith(".py"):  # a notebook, or `python -c`
+    path = Path(arguments[0])
+    if path.parts[-2:] == ("scripts", "train.py"):  # that `trl-rlad train` has launched
+        arguments = ["trl-rlad", "train", *arguments[1:]]
+    elif path.suffix != ".py" and path.name != "trl-rlad":  # a notebook, or `python -c`
         return None
     in_environment = {value for name, value in os.environ.items() if re.search(SECRET, name) and len(value) >= 8}
     words, hidden = [], "_HIDDEN_"  # which needs no quotes

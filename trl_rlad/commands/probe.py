@@ -1,13 +1,14 @@
 """
 See whether a teacher is worth it for a student and a task, before training.
 
-    trl-rlad probe examples/rlad_grpo.py
-    trl-rlad probe --prompts 64 --output probe.json examples/rlad_grpo.py --config FILE.yaml --alpha 0.5
+    trl-rlad probe train
+    trl-rlad probe --prompts 64 --output probe.json train --config FILE.yaml --alpha 0.5
+    trl-rlad probe my_script.py
 
-It runs your training script, with the arguments that you would train with, up to where its RLADTrainer would train; an
-evaluation before that is skipped. There it samples `num_generations` completions of some training prompts, has them
-rewarded and read by the teacher, reports what came out, and ends. Nothing is trained. What each figure means is in the
-docstring of `trl_rlad.reports.probe.report`.
+It runs `trl-rlad train` or a training script of yours, with the arguments that you would train with, up to where its
+RLADTrainer would train; an evaluation before that is skipped. There it samples `num_generations` completions of some
+training prompts, has them rewarded and read by the teacher, reports what came out, and ends. Nothing is trained. What
+each figure means is in the docstring of `trl_rlad.reports.probe.report`.
 """
 
 import json
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from ..reports.probe import Estimate, recommend, report
 from ..reports.probe_output import print_report, write_picture
 from ..reports.probe_run import Probe, describe, load_trainer
+from ..scripts import train
 
 
 def main(arguments: list[str] | None = None):
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None):
         "--output", type=Path, default=Path("outputs", "probe.json"), help="report, with .png and .parquet beside it"
     )
     parser.add_argument("--sample_teacher", action="store_true", help="have the teacher answer the prompts, too")
-    parser.add_argument("script", help="a training script")
+    parser.add_argument("script", help="`train`, or a training script of yours")
     parser.add_argument("arguments", nargs=REMAINDER, help="its arguments")
     args = parser.parse_args(arguments)
     if args.prompts < 1:
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None):
         parser.error(f"--output must be a file for JSON, but is {args.output}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        trainer = load_trainer(args.script, args.arguments)
+        trainer = load_trainer(args.script, args.arguments, train.main if args.script == "train" else None)
         probe = Probe(trainer)
         probe.run(args.prompts)
         answers = probe.sample_teacher(args.prompts) if args.sample_teacher else {}

@@ -1,32 +1,43 @@
-"""
+r"""
 The offline baseline: a teacher answers the training puzzles, and the student imitates its right answers.
 
-Without arguments: knights and knaves in miniature, offline, with the two small models in `examples/mini/`.
+Without arguments: knights and knaves in miniature, offline, with the two small models that come along.
 
-    python examples/offline_distillation.py
+    trl-rlad distil
 
 Any of reasoning-gym's tasks, with any student and teacher, in one process:
 
-    python examples/offline_distillation.py --task knights_knaves --task_kwargs '{"n_people": [3, 4, 5, 6]}' \
+    trl-rlad distil --task knights_knaves --task_kwargs '{"n_people": [3, 4, 5, 6]}' \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B --backend vllm \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-offline
 
 What the teacher wrote is counted in `teacher_samples.json`, to compare with what other methods have it read, and kept
 beside it, so that another run with the same settings doesn't ask again. The share of right answers to each puzzle is
-in `teacher_weight.json`: copied into the output folder of `rlad_grpo.py`, it spares `--teacher_samples` the sampling.
+in `teacher_weight.json`: in the output folder of `trl-rlad train`, it spares `--teacher_samples` the sampling.
 """
 
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_from_disk
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..trainer import check_writable
-from .arguments import MINI, find_checkpoint, get_init_kwargs, parse_arguments, parse_task_kwargs, require
+from .arguments import (
+    MINI,
+    Parser,
+    find_checkpoint,
+    get_init_kwargs,
+    how_to_go_on,
+    own_fields,
+    parse_arguments,
+    parse_task_kwargs,
+    require,
+)
 from .sampling import encode_prompts, evaluate, grade, sample, store_teacher_weight
 from .tasks import Task, load_task
 
@@ -38,7 +49,7 @@ class ScriptArguments:
 
     Args:
         task (`str`, *optional*, defaults to `"mini"`):
-            Task, as in `rlad_grpo.py`.
+            Task, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task.
         eval_size (`int`, *optional*, defaults to `384`):
@@ -198,15 +209,27 @@ def make_trainer(student: str | PreTrainedModel, dataset: Dataset, args: SFTConf
     return SFTTrainer(model=student, args=args, train_dataset=dataset, processing_class=processing_class, **kwargs)
 
 
-def main():
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+OFTEN = (
+    "model_name_or_path output_dir max_steps num_train_epochs learning_rate per_device_train_batch_size use_peft bf16 "
+    "logging_steps save_steps resume_from_checkpoint push_to_hub report_to"
+).split()
+
+
+def make_parser() -> Parser:
+    groups = {"the teacher's answers": own_fields(ScriptArguments), "TRL's, often set": OFTEN}
+    parser = Parser("trl-rlad distil", __doc__ or "", (ScriptArguments, SFTConfig, ModelConfig), groups)
     parser.set_defaults(max_length=None)  # or TRL cuts the answers at 1,024 tokens
-    script_args, args, model_args = parse_arguments(parser, base=MINI / "offline_distillation.yaml")
+    return parser
+
+
+def prepare(arguments: list[str] | None = None) -> tuple:
+    """From the command line to the arguments of [`run`], with all checks."""
+    script_args, args, model_args = parse_arguments(make_parser(), MINI / "offline_distillation.yaml", arguments)
     if args.world_size > 1:
-        raise ValueError("Run this script with `python`: the teacher samples in one process.")
+        raise ValueError("Run this in one process: the teacher samples in one.")
     student, teacher = model_args.model_name_or_path, script_args.teacher_model_name_or_path
     if script_args.task == "mini":
-        student = student or str(MINI / "student")
+        student = model_args.model_name_or_path = student or str(MINI / "student")
     if student is None or teacher is None:
         raise ValueError(
             f"`--task {script_args.task}` needs a student and a teacher: name them with `--model_name_or_path` and "
@@ -218,7 +241,14 @@ def main():
     check_writable(args.output_dir)
     sizes = script_args.num_prompts, script_args.eval_size
     task = load_task(script_args.task, *sizes, args.seed, script_args.task_kwargs, tokenizer=teacher)
-    sampling = {
+    return script_args, args, model_args, task, checkpoint
+
+
+def run(script_args: ScriptArguments, args: Any, model_args: ModelConfig, task: Task, checkpoint: str | None):
+    """Sample the teacher, train the student, measure before and after, and save what came out."""
+    student: Any = model_args.model_name_or_path
+    teacher: Any = script_args.teacher_model_name_or_path
+    sampling: dict[str, Any] = {
         "max_new_tokens": script_args.max_completion_length,
         "batch_size": script_args.batch_size,
         "seed": args.seed,
@@ -227,6 +257,8 @@ def main():
     # First, as a student that can't be loaded is found thereby
     before = evaluate(student, task, num_samples=1, **sampling)
     settings = asdict(script_args) | {"seed": args.seed}
+    dataset: Any
+    counts: Any
     dataset, counts = load_samples(args.output_dir, settings)
     if dataset is None:
         dataset, counts = collect(
@@ -251,8 +283,13 @@ def main():
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = evaluate(trainer.model, task, num_samples=1, **sampling)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        print(f"\n{how_to_go_on(args.output_dir)}", flush=True)
+        raise SystemExit(130) from None
+    model: Any = trainer.model
+    after = evaluate(model, task, num_samples=1, **sampling)
     print(f"Accuracy on {len(task.eval_dataset)} held-out puzzles:")
     for difficulty, scores in before.items():
         print(f"  {difficulty:>8}  {scores['mean@1']:6.1%} -> {after[difficulty]['mean@1']:6.1%}", flush=True)
@@ -262,5 +299,6 @@ def main():
         trainer.push_to_hub()
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str] | None = None):
+    """Distil in this process."""
+    run(*prepare(arguments))

@@ -1,16 +1,16 @@
-"""
+r"""
 Measure a model on held-out puzzles: Mean@n, the mean accuracy of n samples per puzzle, and Pass@k, the probability
 that at least one of k samples is right.
 
-Without arguments: the student of `examples/mini/`, before training.
+Without arguments: the student in miniature, before training.
 
-    python examples/evaluate.py
-    python examples/evaluate.py --model_name_or_path outputs/mini-rlad --output outputs/mini-rlad/evaluation.json
+    trl-rlad evaluate
+    trl-rlad evaluate --model_name_or_path outputs/mini-rlad --output outputs/mini-rlad/evaluation.json
 
 Any of reasoning-gym's tasks. With the seed, the `eval_size` and the `task_kwargs` of a training run these are the
 puzzles that it held out:
 
-    python examples/evaluate.py --task knights_knaves --task_kwargs '{"n_people": [3, 4, 5, 6]}' \
+    trl-rlad evaluate --task knights_knaves --task_kwargs '{"n_people": [3, 4, 5, 6]}' \
         --model_name_or_path outputs/qwen3-0.6b-rlad --backend vllm --num_samples 32 --k 1 8 32
 
 For mathematics take [lighteval](https://github.com/huggingface/lighteval), which has AIME and MATH-500 (written for
@@ -25,13 +25,12 @@ import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
-
-from trl import TrlParser
+from typing import Any
 
 from ..trainer import check_writable
-from .arguments import MINI, parse_task_kwargs, require
+from .arguments import MINI, Parser, own_fields, parse_arguments, parse_task_kwargs, require
 from .sampling import evaluate
-from .tasks import load_task
+from .tasks import Task, load_task
 from .tasks.mini import MAX_COMPLETION_LENGTH
 
 
@@ -47,7 +46,7 @@ class EvaluationArguments:
         model_name_or_path (`str`, *optional*):
             Name or path of the model. `None` takes the student of the mini task.
         task (`str`, *optional*, defaults to `"mini"`):
-            Task, as in `rlad_grpo.py`.
+            Task, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task.
         eval_size (`int`, *optional*, defaults to `384`):
@@ -104,14 +103,25 @@ class EvaluationArguments:
         self.k = sorted(set(self.k or [1, self.num_samples]))
 
 
-def main():
-    args = TrlParser(EvaluationArguments).parse_args_and_config()[0]
+def make_parser() -> Parser:
+    groups = {"arguments": own_fields(EvaluationArguments)}
+    return Parser("trl-rlad evaluate", __doc__ or "", (EvaluationArguments,), groups)
+
+
+def prepare(arguments: list[str] | None = None) -> tuple:
+    """From the command line to the arguments of [`run`], with all checks."""
+    (args,) = parse_arguments(make_parser(), None, arguments)
     if args.output is not None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         check_writable(str(Path(args.output).parent))
     # One training puzzle, as none is needed
     task_kwargs = parse_task_kwargs(args.task_kwargs)
     task = load_task(args.task, 1, args.eval_size, args.seed, task_kwargs, tokenizer=args.model_name_or_path)
+    return args, task
+
+
+def run(args: Any, task: Task):
+    """Measure, print and write down."""
     scores = evaluate(
         args.model_name_or_path,
         task,
@@ -134,5 +144,6 @@ def main():
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str] | None = None):
+    """Evaluate in this process."""
+    run(*prepare(arguments))

@@ -8,16 +8,19 @@ The teacher learns worked solutions of knights-and-knaves puzzles (see `trl_rlad
 prediction. The student is the teacher trained on to misread `A | C` as "at least one is a knave". So it is confidently
 wrong on most puzzles with that operator, two in five of all, and about as good as the teacher on the others.
 
-The second line makes three more for `benchmarks/comparison.py`, in a minute or two. The flawed teacher is the teacher
+The second line makes four more for `benchmarks/comparison.py`, in a minute or two. The flawed teacher is the teacher
 trained on to misread `A & C` as "both are knaves". The hasty student is the teacher trained on to call an assignment
 `ok`, nine times in ten, although somebody contradicts it: it has the knowledge, and hardly ever shows it. The
-sheltered student is small and has no bad habit, but has hardly seen two of the four operators.
+sheltered student is small and has no bad habit, but has hardly seen two of the four operators. The half-learned
+student is as small, and was stopped in the middle of what the teacher has learnt.
 """
 
 import argparse
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tqdm import trange
@@ -93,14 +96,21 @@ def make_hasty(tokenizer: PreTrainedTokenizerBase, labels: torch.Tensor, haste: 
 
 
 def train(
-    name: str, model: Qwen3ForCausalLM, pool: tuple[torch.Tensor, torch.Tensor], steps: int, learning_rate: float
+    name: str,
+    model: Qwen3ForCausalLM,
+    pool: tuple[torch.Tensor, torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    until: Callable[[], bool] | None = None,
 ) -> None:
-    """Train `model` on random batches of `pool`, its token ids and labels."""
+    """Train `model` on random batches of `pool`, its token ids and labels; `until`, asked every 20 steps, ends it."""
     input_ids, labels = pool
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
-    for _ in (bar := trange(steps, desc=name)):
+    for step in (bar := trange(steps, desc=name)):
+        if until is not None and step % 20 == 0 and until():
+            break
         rows = torch.randint(len(input_ids), (BATCH_SIZE,))
         # No attention mask: the padding is on the right, where no scored token looks.
         loss = model(input_ids[rows], labels=labels[rows]).loss
@@ -164,7 +174,24 @@ def make_sheltered_student(path: Path, steps: int = 1200, learning_rate: float =
     save(model, path)
 
 
+def make_half_student(path: Path, share: float = 0.15, learning_rate: float = 3e-3, seed: int = 0) -> None:
+    """Train a small student until it solves a `share` of the puzzles: it knows a bit of everything."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = make_model(STUDENT_SIZE, tokenizer)
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.95}
+
+    def is_half_learned() -> bool:
+        with torch.random.fork_rng():
+            return mean(accuracy(model, tokenizer, n_people, **sampling) for n_people in POOL) > share
+
+    train(path.name, model, make_pool(tokenizer, seed), 1200, learning_rate, is_half_learned)
+    report(path.name, model)
+    save(model, path)
+
+
 COMPARISON = {
+    "half_student": make_half_student,
     "flawed_teacher": partial(make_mistaken, operator="&"),
     "hasty_student": make_hasty_student,
     "sheltered_student": make_sheltered_student,
