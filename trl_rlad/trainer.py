@@ -278,7 +278,7 @@ def check_ranks(args: RLADConfig, teachers: dict[str, Any]):
         name: Path(each).name if isinstance(each, str) else type(each).__name__ for name, each in teachers.items()
     }
     lengths = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
-    check_agreement({"teacher_model": names, **lengths, **describe_settings(args)}, args.ddp_timeout)
+    check_agreement({**describe_settings(args), **lengths, "teacher_model": names}, args.ddp_timeout)
 
 
 def check_writable(folder: str):
