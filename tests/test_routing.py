@@ -58,8 +58,9 @@ def assert_scores(trainer, path_of, prompt_of=lambda row: row["prompt"]):
             torch.testing.assert_close(batch["teacher_per_token_logps"][i][mask], scores[mask], rtol=0, atol=1e-5)
             if "teacher_top_ids" in batch:
                 ids, logps = batch["teacher_top_ids"][i], batch["teacher_top_logps"][i]
-                given = mask.unsqueeze(1) & logps.isfinite()  # the student doesn't share all of the teacher's tokens
-                for theirs in (expected.gather(1, ids), expected.topk(3).values):
+                assert len(ids) == mask.sum()
+                given, expected = logps.isfinite(), expected[mask]  # not all of the teacher's tokens are shared
+                for theirs in (expected.gather(1, ids.long()), expected.topk(3).values):
                     torch.testing.assert_close(logps[given], theirs[given], rtol=0, atol=1e-5)
     return asked
 
@@ -98,7 +99,7 @@ def test_two_names_of_one_teacher_change_nothing(student_path, teacher_path, tmp
     ("names", "message"),
     [
         (None, "There are several teachers by name.*column `teacher_id`"),
-        (["small", "other"], "column `teacher_id` has 'other', which is no teacher. .* 'small', 'wide'"),
+        (["small", "other"], "column `teacher_id` has 'other' in row 1, which is no teacher. .* 'small', 'wide'"),
         (["small", None], "column `teacher_id` has None"),
     ],
 )
@@ -221,7 +222,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": Fa
 
 
 def save_adapters(base, folder):
-    """Two adapters of one base and one that changes the LM head too; and each merged into a model of its own."""
+    """Two adapters of one base and one that changes its LM head too; and each merged into a model of its own."""
     adapters, merged = {}, {}
     for name, extra in {"one.a": [], "one_a": [], "head": ["lm_head"]}.items():
         config = LoraConfig(**LORA | {"target_modules": LORA["target_modules"] + extra})
