@@ -1,10 +1,14 @@
 """
-Which families of models teach by which roads: for a tiny random model of each, the scores of every road against plain
-forward passes over single, unpadded sequences. It writes the table of `docs/families.md`.
+Which models teach by which roads: for a tiny random model of each, the scores against plain forward passes over
+single, unpadded sequences. It writes the tables of `docs/families.md`: every causal language model of transformers by
+the roads that the trial at the start has chosen for it, and some families by every road.
 
     python benchmarks/families.py
+
+What has been measured stands in `results/families.jsonl`, and a run goes on from there.
 """
 
+import json
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,14 +20,18 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trl_rlad import RLADConfig, TeacherScorer
+from trl_rlad._trl.trimming import TrimmingGRPOTrainer
 from trl_rlad.scoring import RowScorer
 from trl_rlad.teachers import LocalTeacher
 from trl_rlad.teachers.local import WrappedTeacher
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
+RESULTS = Path(__file__).parent / "results" / "families.jsonl"
 TOLERANCE = 1e-4  # nats, in float32
 TEMPERATURE = 0.7
 PROMPT, COMPLETIONS, WINDOW = 20, (6, 5, 3, 1), 4  # the windows of sliding attention are shorter than a prompt
@@ -305,6 +313,111 @@ def make_batch(rows: list[dict]) -> dict:
     return batch | ({"num_images": [row["count"] for row in rows]} if with_images else {})
 
 
+# Any configuration, made small: what it calls its sizes, and what they become
+SIZES = {
+    32: "vocab_size vocab_size_per_layer_input intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff dff "
+    "d_inner n_inner feed_forward_size shared_intermediate_size shared_expert_intermediate_size lru_width mamba_d_ssm",
+    16: "hidden_size d_model n_embd emb_dim embedding_size embedding_dim output_embedding_size attention_hidden_size "
+    "cross_attention_hidden_size input_embedding_size moe_intermediate_size router_hidden_size expert_hidden_size",
+    8: "head_dim attention_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
+    "linear_value_head_dim linear_head_dim q_lora_rank kv_lora_rank index_head_dim indexer_head_dim rotary_dim "
+    "dim_head global_head_dim mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size block_size "
+    "mamba_d_head attention_head_size hidden_size_per_layer_input mamba_head_dim mamba_headdim",
+    4: "num_experts num_local_experts n_routed_experts moe_num_experts sliding_window attention_window_size "
+    "window_size mamba_n_heads mamba_num_heads",
+    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks num_attention_heads "
+    "n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads linear_num_key_heads "
+    "linear_num_value_heads linear_num_heads index_n_heads indexer_n_heads n_mamba_heads num_experts_per_tok moe_topk "
+    "num_experts_per_token moe_k",
+    1: "num_key_value_heads indexer_kv_heads mamba_n_groups n_groups mamba_ngroups n_group topk_group "
+    "n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers",
+    128: "max_position_embeddings n_positions n_ctx max_seq_len context_length",
+    0.3: "initializer_range init_std",
+}
+SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+SMALL |= {"is_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "logits_soft_cap": 1.0}
+SMALL |= {"attn_layer_indices": [1], "attn_layer_offset": 1, "attn_layer_period": 2}  # of the hybrids
+
+
+def make_any(model_class: str) -> PreTrainedModel:
+    """A random model of a class in `AutoModelForCausalLM`, from its default configuration with small sizes."""
+    for family, (name, *_) in FAMILIES.items():
+        if name == model_class:
+            return make_model(family)
+    error: Exception | None = None
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if name != model_class:
+            continue
+        config_class = CONFIG_MAPPING[model_type]
+        default = config_class().to_dict()
+        own = default.keys() | config_class.attribute_map.keys()
+        numbers = {n: v for n, v in SMALL.items() if n in own and not isinstance(default.get(n), (list, dict))}
+        # Not every class takes no first token, or fewer key-value heads than heads
+        for extra in ({}, {"bos_token_id": 2}, {"num_key_value_heads": 2}, {"num_hidden_layers": 4}):
+            try:
+                config = config_class(**numbers | {n: v for n, v in extra.items() if n in own})
+                torch.manual_seed(0)
+                with torch.device("meta"):
+                    size = sum(p.numel() for p in getattr(transformers, model_class)(config).parameters())
+                if size > 10**6:
+                    raise ValueError(f"{size} parameters")
+                torch.manual_seed(0)
+                model = getattr(transformers, model_class)(config).eval()
+                plain_scores(model, make_text_rows()[0])
+                return model
+            except Exception as failure:
+                error = error or failure
+    raise ValueError(f"{model_class} can't be built tiny: {error}") from error
+
+
+def how_it_teaches(teacher: LocalTeacher) -> str:
+    """The roads that the trial has chosen."""
+    rows = "shared prompts" if teacher.shares_prompts else "mixed rows" if teacher.mixes_rows else "rows alone"
+    return rows + (", by logits" if teacher.reads_logits else "")
+
+
+def trims(model: PreTrainedModel) -> bool:
+    """Whether the padding of a student is cut off: the trainer's own trial, without the rest of a trainer."""
+    trainer = TrimmingGRPOTrainer.__new__(TrimmingGRPOTrainer)
+    trainer.args, trainer.model = RLADConfig("none", use_cpu=True, bf16=False), model
+    trainer.accelerator = Accelerator(cpu=True)
+    return trainer._trims
+
+
+def check(model_class: str) -> dict[str, str | float]:
+    """What the trial says of a tiny model of this class, and the largest difference in nats from plain passes."""
+    model, rows = make_any(model_class), make_text_rows()
+    expected = [plain_scores(model, row) for row in rows]
+    try:
+        teacher = make_teacher(LocalTeacher, model)
+        roads = {"roads": how_it_teaches(teacher), "difference": difference(teacher, rows, expected)}
+    except ValueError as error:
+        return {"roads": f"refused: {str(error).splitlines()[0]}"}
+    try:
+        return roads | {"student": "without padding" if trims(model) else "as TRL does"}
+    except Exception:
+        return roads | {"student": "TRL can't train it"}
+
+
+def make_teacher(teacher_class, model):
+    """A teacher of this model, which has a tokenizer only as far as the teacher looks for one."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocab = {f"w{i}": i for i in range(TEXT["vocab_size"])}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="w3")))
+        tokenizer.save_pretrained(folder)
+        model.config._name_or_path = folder
+        args = RLADConfig(folder, use_cpu=True, bf16=False, temperature=TEMPERATURE, teacher_offload="cpu")
+        return teacher_class(model, args, Accelerator(cpu=True))
+
+
+def difference(teacher, rows, expected) -> float:
+    batch = make_batch(rows)
+    scorer = TeacherScorer({"": RowScorer(teacher, teacher.accelerator, 200)})
+    scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
+    pairs = zip(scores, expected, strict=True)
+    return max((score[: len(logps)] - logps).abs().max().item() for score, logps in pairs)
+
+
 @torch.no_grad()
 def plain_scores(model: PreTrainedModel, row: dict) -> torch.Tensor:
     """`log_softmax(logits / temperature)` of one completion by itself."""
@@ -325,46 +438,55 @@ def moving_weights(teacher: LocalTeacher):
 
 def measure(name: str, attn_implementation: str | None = None) -> dict[str, float]:
     """Largest difference in nats of each road that is open to a family."""
-    with tempfile.TemporaryDirectory() as folder:
-        vocab = {f"w{i}": i for i in range(TEXT["vocab_size"])}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="w3")))
-        tokenizer.save_pretrained(folder)
-        model = make_model(name, attn_implementation)
-        model.config._name_or_path = folder
-        text, images = make_text_rows(), make_image_rows(name) if "text_config" in FAMILIES[name][2] else []
-        expected = {id(rows): [plain_scores(model, row) for row in rows] for rows in (text, images)}
-        args = RLADConfig(folder, use_cpu=True, bf16=False, temperature=TEMPERATURE, teacher_offload="cpu")
-        teacher = LocalTeacher(model, args, Accelerator(cpu=True))
-        whole = WrappedTeacher(model, args, Accelerator(cpu=True))
-
-    def difference(teacher, rows):
-        batch = make_batch(rows)
-        scorer = TeacherScorer({"": RowScorer(teacher, teacher.accelerator, 200)})
-        scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
-        pairs = zip(scores, expected[id(rows)], strict=True)
-        return max((score[: len(logps)] - logps).abs().max().item() for score, logps in pairs)
-
+    model = make_model(name, attn_implementation)
+    text, images = make_text_rows(), make_image_rows(name) if "text_config" in FAMILIES[name][2] else []
+    expected, with_images = ([plain_scores(model, row) for row in rows] for rows in (text, images))
+    teacher, whole = (make_teacher(each, model) for each in (LocalTeacher, WrappedTeacher))
     roads = {}
     if images:  # first, as some models remember the last image
-        roads |= {"images": difference(teacher, images), "images, as a whole": difference(whole, images)}
+        roads["images"] = difference(teacher, images, with_images)
+        roads["images, as a whole"] = difference(whole, images, with_images)
     if teacher.shares_prompts:
-        roads["shared prompts"] = difference(teacher, text)
+        roads["shared prompts"] = difference(teacher, text, expected)
         teacher.shares_prompts = False
-    roads |= {"packed": difference(teacher, text), "as a whole": difference(whole, text)}
+    roads["packed"], roads["as a whole"] = (difference(each, text, expected) for each in (teacher, whole))
     with moving_weights(teacher):
-        roads["offloaded"] = difference(teacher, text)
+        roads["offloaded"] = difference(teacher, text, expected)
     return roads
 
 
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
 def main():
+    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    results = {row.pop("model"): row for row in known}
+    for model_class in tqdm(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - results.keys())):
+        try:
+            results[model_class] = check(model_class)
+        except Exception as error:
+            results[model_class] = {"error": str(error).splitlines()[0]}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({"model": model_class, **results[model_class]}) + "\n")
+    built = {name: row for name, row in sorted(results.items()) if "error" not in row}
+    every = [
+        [name, row["roads"], f"{row['difference']:.0e}" if "difference" in row else "", row.get("student", "")]
+        for name, row in built.items()
+    ]
     names = ["packed", "shared prompts", "as a whole", "offloaded", "images", "images, as a whole"]
-    lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    families = []
     for family in tqdm(FAMILIES):
         roads = measure(family)
-        lines.append(f"| {family} | " + " | ".join(f"{roads[n]:.0e}" if n in roads else "" for n in names) + " |")
-    head = DOCS.read_text().split("| family |")[0]
+        families.append([family, *(f"{roads[name]:.0e}" if name in roads else "" for name in names)])
+    left_out = ", ".join(name for name in sorted(results) if name not in built)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
-    DOCS.write_text(head + "\n".join(lines) + f"\n\nMeasured with {versions}.\n")
+    page = DOCS.read_text().split("## The families, by every road")[0]
+    DOCS.write_text(
+        f"{page}## The families, by every road\n\n{table(['family', *names], families)}\n\n"
+        f"## Every causal language model\n\n{table(['model', 'teaches by', 'difference', 'as a student'], every)}\n\n"
+        f"Not built from sizes alone: {left_out}.\n\nMeasured with {versions}.\n"
+    )
 
 
 if __name__ == "__main__":

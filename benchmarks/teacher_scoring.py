@@ -140,12 +140,12 @@ def make_ways(
         score = GRPOTrainer._get_per_token_logps_and_entropies
         return score(trl, teacher.model, input_ids, attention_mask, mask.size(1), preset.trl_batch_size)[0] * mask
 
-    def ours(score=None, shares_prompts=False, budget=teacher.args.teacher_tokens_per_batch, advantages=None):
+    def ours(kind=LocalTeacher, shares_prompts=False, budget=teacher.args.teacher_tokens_per_batch, advantages=None):
         scorer = TeacherScorer({"": RowScorer(teacher, accelerator, budget)})
 
         def run():
             teacher.shares_prompts = shares_prompts
-            teacher.score = (score or type(teacher).score).__get__(teacher)
+            teacher._score_by_states = kind._score_by_states.__get__(teacher)
             given = batch if advantages is None else {**batch, "advantages": advantages}
             return scorer.score(given, mask)["teacher_per_token_logps"]
 
@@ -175,7 +175,7 @@ def make_ways(
 
     return {
         "TRL, padded": trl_padded,
-        "no padding": ours(WrappedTeacher.score),
+        "no padding": ours(WrappedTeacher),
         "+ head on scored tokens": ours(),
         "+ shared prompts": ours(shares_prompts=True),
         "+ half of the groups without signal": without_signal(0.5),

@@ -44,11 +44,23 @@ class ShuffledGuide(TeacherGuide):
         return batch
 
 
+class GateGuide(TeacherGuide):
+    """GRPO without the tokens that the teacher would have clipped: of RLAD's ratio the gate, and not the weight."""
+
+    def guide(self, per_token_logps, old_per_token_logps, batch):
+        causes = super().guide(per_token_logps, old_per_token_logps, batch).causes
+        return Guidance(advantages=two_dimensional(batch["advantages"]) * ~_gated(causes))
+
+
 class RandomGateGuide(TeacherGuide):
     """A control: GRPO that drops as many tokens as the teacher would have clipped, at random."""
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
         causes = super().guide(per_token_logps, old_per_token_logps, batch).causes
         mask, advantages = batch["teacher_mask"], two_dimensional(batch["advantages"])
-        rate = (causes["high_by_teacher"] | causes["low_by_teacher"])[mask].float().mean().nan_to_num()
+        rate = _gated(causes)[mask].float().mean().nan_to_num()
         return Guidance(advantages=advantages * (torch.rand(mask.shape) >= rate))
+
+
+def _gated(causes):
+    return causes["high_by_teacher"] | causes["low_by_teacher"]

@@ -1,7 +1,7 @@
 """
 A newcomer's walk, with times: an empty environment, the main job, the probe, the view, and a plain GRPO script that is
-converted by the diff of docs/migrating.md (on the models and puzzles of `examples/mini`, as no Hub is asked). Writes
-`results/walk.md`.
+converted by the diff of docs/migrating.md (on the models and puzzles of `trl_rlad/scripts/mini`, as no Hub is asked).
+Writes `results/walk.md`.
 
     python benchmarks/walk.py
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-MINI = ROOT / "examples" / "mini"
+MINI = ROOT / "trl_rlad" / "scripts" / "mini"
+TASK = "from trl_rlad.scripts.tasks.mini import"
 OFFLINE = {
-    "from datasets import load_dataset": "from tasks.mini import make_dataset",
-    "from trl.rewards import accuracy_reward": "from tasks.mini import correctness_reward as accuracy_reward",
+    "from datasets import load_dataset": f"{TASK} make_dataset",
+    "from trl.rewards import accuracy_reward": f"{TASK} correctness_reward as accuracy_reward",
     'load_dataset("trl-lib/DeepMath-103K", split="train")': "make_dataset([2, 3], 400, 0, False)",
     "Qwen/Qwen3-0.6B": str(MINI / "student"),
     "Qwen/Qwen3-8B": str(MINI / "teacher"),
@@ -28,8 +29,8 @@ OFFLINE = {
 }
 STEPS = {
     "an empty environment": 'python -m venv {venv} && {bin}/pip install -q -c constraints.txt ".[tasks,see]"',
-    "the probe": "{bin}/trl-rlad probe --sample_teacher examples/rlad_grpo.py --output_dir {out}/probe",
-    "the main job": "{bin}/accelerate launch examples/rlad_grpo.py --log_completions --output_dir {out}/rlad",
+    "the probe": "{bin}/trl-rlad probe --sample_teacher train --output_dir {out}/probe",
+    "the main job": "{bin}/trl-rlad train --log_completions --output_dir {out}/rlad",
     "the view": "{bin}/trl-rlad view {out}/rlad",
     "a plain GRPO script": "{bin}/python {out}/grpo.py",
     "the diff": "patch -o {out}/rlad.py {out}/grpo.py {out}/migrating.diff",
@@ -53,7 +54,6 @@ def main():
         places = {"venv": f"{folder}/venv", "bin": f"{folder}/venv/bin", "out": folder}
         write_script(Path(folder))
         env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        env |= {"PYTHONPATH": str(MINI.parent)}
         rows = []
         for name, command in STEPS.items():
             start = time.perf_counter()

@@ -1,16 +1,20 @@
 """
 For MkDocs: pages link to the repository's files as they lie, so that the links work where the repository is read. What
 a page links to outside of `docs/` comes along into the site; a link to nothing stays as it is, and the strict build
-refuses it.
+refuses it. Formulas become MathML, which browsers draw themselves, and the font comes along: nothing is fetched.
 """
 
 import re
+from html import unescape
+from importlib.resources import files as find_resource
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parent.parent
+FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # as pymdownx.arithmatex and docstrings write them
 LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 
 
@@ -19,7 +23,15 @@ def place(name: str) -> str:
     return f"repository/{name}" + ("" if name.endswith(".png") else ".txt")
 
 
+def draw_formula(formula: re.Match) -> str:
+    inline, block = formula.groups()
+    drawn = convert(unescape(inline or block), display="inline" if inline else "block")
+    return drawn.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.167em" />')
+
+
 def on_files(files, config):
+    font = find_resource("ziamath.fonts").joinpath("STIXTwoMath-Regular.ttf")
+    files.append(File.generated(config, "stylesheets/math.ttf", abs_src_path=str(font)))
     for page in Path(config.docs_dir).glob("*.md"):
         for name in LINK.findall(page.read_text()):
             if (ROOT / name).is_file() and files.get_file_from_path(place(name)) is None:
@@ -35,4 +47,5 @@ def on_page_content(html, page, config, files):
     html = re.sub(
         r"<code>[^<]*`[^<]*</code>", lambda cell: re.sub(r"\[?`~?|`\]?|\*|\b(\w+\.)+(?=[A-Z])", "", cell[0]), html
     )
+    html = FORMULA.sub(draw_formula, html)
     return re.sub(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]", r"<code>\1</code>", html)

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["trl-rlad[tasks,math,peft]"]
+# ///
 """
 The main job: train a student with reinforcement learning while a teacher guides it, as `trl-rlad train` does.
 
@@ -13,9 +16,15 @@ Any of reasoning-gym's tasks, with any student and teacher:
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B \
         --max_completion_length 2048 --output_dir outputs/qwen3-0.6b-rlad
 
+or on any dataset, as `trl grpo` takes it:
+
+    accelerate launch examples/rlad_grpo.py --dataset_name trl-lib/DeepMath-103K --reward_funcs accuracy_reward \
+        --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-8B
+
 or the same in a file: `--config FILE.yaml`. Those of the paper's runs are in `examples/recipes/`, and those of the
 methods, for any run, in `examples/methods/`: `--config examples/methods/grpo.yaml` is the GRPO baseline, and
-`rlad.yaml` the paper's form of RLAD.
+`rlad.yaml` the paper's form of RLAD. On a rented GPU, with nothing installed: `hf jobs uv run --flavor a10g-small
+examples/rlad_grpo.py ...`.
 """
 
 from trl_rlad.scripts.train import main

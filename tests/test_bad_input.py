@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from trl_rlad import RLADTrainer, TRRDLoss
@@ -74,6 +76,15 @@ class Place:
         tiny.save_model(folder, seed=1, **kwargs)
         return folder
 
+    def make_adapter(self, name="adapter", damaged=False, config=None):
+        config = config or LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(self.teacher), config).save_pretrained(self.folder / name)
+        if damaged:
+            path = self.folder / name / "adapter_model.safetensors"
+            weights = dict(sorted(load_file(path).items())[1:])
+            save_file(weights, path, {"format": "pt"})
+        return self.folder / name
+
     def make_checkpoint(self):
         folder = self.folder / "out" / "checkpoint-5"
         folder.mkdir(parents=True)
@@ -131,6 +142,13 @@ SETTINGS = [
     ("teacher_server_urls", 8000, "an address such as"),
     ("teacher_server_urls", "http://me:secret@localhost", "environment variable `VLLM_API_KEY`"),
     ("teacher_server_urls", "http://localhost?key=secret", "environment variable `VLLM_API_KEY`"),
+    ("teacher_server_urls", "http://localhost:80000", "an address such as"),
+    ("teacher_server_urls", "http://localhost:port", "an address such as"),
+    ("teacher_server_urls", "http://[::1", "an address such as"),
+    ("teacher_server_urls", "http://a..b", "an address such as"),
+    ("teacher_server_urls", "http://local host", "an address such as"),
+    ("teacher_server_urls", "http://localhost\n", "an address such as"),
+    ("teacher_server_urls", "http://localhost#v1", "an address such as"),
     ("on_teacher_failure", "ignore", "'raise' or 'grpo'"),
     ("teacher_timeout", 0.0, "positive number of seconds"),
     ("teacher_timeout", 1e12, "at most 1000000"),
@@ -216,10 +234,30 @@ def _(place):
     place.trainer(teacher="base", teacher_offload="cpu", trainer_kwargs={"peft_config": lora})
 
 
+@refused(
+    "trainer", '`teacher_model="base"` of an initialization that changes it', "`init_lora_weights=", "of the base"
+)
+def _(place):
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa")
+    place.trainer(teacher="base", trainer_kwargs={"peft_config": lora})
+
+
+@refused("trainer", '`teacher_model="base"` of which norms train', "norm.weight` of the base is trained", "freeze it")
+def _(place):
+    lora = LoraConfig(target_modules=["q_proj"], r=2)
+    student = get_peft_model(tiny.make_model(0), lora)
+    student.base_model.model.model.norm.requires_grad_(True)
+    student.config._name_or_path = place.student
+    place.trainer(teacher="base", student=student)
+
+
 @refused("trainer", '`teacher_model="base"` of which biases train', "move with the student", '`bias="none"`')
 def _(place):
+    student = tiny.make_model(0)
+    student.model.layers[0].self_attn.q_proj = torch.nn.Linear(16, 16)  # tiny ones have no biases
+    student.config._name_or_path = place.student
     lora = LoraConfig(target_modules=["q_proj"], r=2, bias="all")
-    place.trainer(teacher="base", trainer_kwargs={"peft_config": lora})
+    place.trainer(teacher="base", student=student, trainer_kwargs={"peft_config": lora})
 
 
 @refused("trainer", "`teacher_server_urls` with `temperature=0.7`", "vLLM", "`temperature=1.0`", "`teacher_model`")
@@ -237,7 +275,25 @@ def _(place):
     place.trainer(teacher=tiny.make_model(1), teacher_server_urls="http://localhost:8000")
 
 
-@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "attempt")
+for idle in ({"teacher_offload": "cpu"}, {"teacher_zero_stage": 3}, {"teacher_model_init_kwargs": {"dtype": "auto"}}):
+    setting = ", ".join(f"`{name}={value!r}`" for name, value in idle.items())
+    refused("trainer", f"{setting} beside `teacher_server_urls`", "no effect on a teacher behind")(
+        lambda place, idle=idle: place.trainer(teacher=None, teacher_server_urls="http://localhost:1", **idle)
+    )
+
+
+@refused("trainer", "`teacher_model='http://localhost:8000'`", "pass it as `teacher_server_urls`")
+def _(place):
+    place.trainer(teacher="http://localhost:8000")
+
+
+@refused("trainer", "a `VLLM_API_KEY` that isn't ASCII", "`VLLM_API_KEY`", "can't be sent in a header")
+def _(place):
+    place.monkeypatch.setenv("VLLM_API_KEY", "op\u00e9n\nsesame")
+    place.trainer(teacher=None, teacher_server_urls="http://localhost:1")
+
+
+@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "asked again and again")
 def _(place):
     place.trainer(teacher_server_urls="http://localhost:1", teacher_timeout=0.4)
 
@@ -262,10 +318,36 @@ def _(place):
     place.trainer(args=tiny.make_config("/proc/self"))
 
 
-@refused("dataset", "`teacher_weight` of 1.5", "`teacher_weight`", "[0, 1]", "has 1.5")
+@refused("dataset", "`teacher_weight` of 1.5", "`teacher_weight`", "[0, 1]", "row 0 has 1.5")
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(dataset=dataset.add_column("teacher_weight", [1.5] * len(dataset)))
+
+
+@refused("dataset", "`teacher_weight` as text", "column `teacher_weight` must be", "row 0 has '1.0'")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_weight", ["1.0"] * 4))
+
+
+@refused("dataset", "`teacher_weight` as a list", "column `teacher_weight` must be", "row 0 has [1.0]")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_weight", [[1.0]] * 4))
+
+
+@refused("dataset", "`teacher_prompt` as a number", "column `teacher_prompt` must be text or messages", "row 0 has 3")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_prompt", [3] * 4))
+
+
+@refused("dataset", "an empty `teacher_prompt`", "column `teacher_prompt` must be", "`None`", "row 1 has ''")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset(4).add_column("teacher_prompt", ["w1", "", None, "w2"]))
+
+
+@refused("dataset", "`teacher_id` as a `ClassLabel`", "`teacher_id` has 0 in row 0", "from `ClassLabel` to strings")
+def _(place):
+    data = tiny.make_dataset(4).add_column("teacher_id", ["a"] * 4).class_encode_column("teacher_id")
+    place.trainer(teacher={"a": place.teacher}, dataset=data)
 
 
 @refused("dataset", "a `teacher_weight` of 2 in an evaluation set", "column `teacher_weight` must be in [0, 1]")
@@ -293,7 +375,7 @@ def _(place):
     place.trainer(teacher={"a": place.teacher})
 
 
-@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b'", "They are 'a'")
+@refused("dataset", "a `teacher_id` that is no teacher", "`teacher_id` has 'b' in row 0", "They are 'a'")
 def _(place):
     dataset = tiny.make_dataset()
     place.trainer(teacher={"a": place.teacher}, dataset=dataset.add_column("teacher_id", ["b"] * len(dataset)))
@@ -383,6 +465,51 @@ def _(place):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
     place.trainer(teacher=str(folder))
+
+
+@refused("teacher", "an adapter of a base that has moved", "can't be loaded", "`base_model_name_or_path`")
+def _(place):
+    adapter = place.make_adapter()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/such/base"}))
+    place.trainer(teacher=str(adapter))
+
+
+@refused("teacher", "an adapter without some of its weights", "can't be loaded", "missing adapter keys", "lora_A")
+def _(place):
+    place.trainer(teacher=str(place.make_adapter(damaged=True)))
+
+
+@refused("teacher", "the same of a base that another one shares", "'b'", "weights are missing", "lora_A")
+def _(place):
+    teachers = {"a": str(place.make_adapter("a")), "b": str(place.make_adapter("b", damaged=True))}
+    dataset = tiny.make_dataset()
+    place.trainer(teacher=teachers, dataset=dataset.add_column("teacher_id", ["a", "b"] * (len(dataset) // 2)))
+
+
+@refused("teacher", "an adapter with added tokens", "don't fit its base", "save the whole model")
+def _(place):
+    base = AutoModelForCausalLM.from_pretrained(place.teacher)
+    base.resize_token_embeddings(44)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(place.folder / "adapter")
+    place.trainer(teacher=str(place.folder / "adapter"))
+
+
+@refused("teacher", "prefix tuning", "PREFIX_TUNING", "only adapters of weights teach")
+def _(place):
+    place.trainer(
+        teacher=str(place.make_adapter(config=PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    )
+
+
+@refused("dataset", "texts longer than dynamic NTK has a number for", "64 positions", '"rope_type": "yarn"')
+def _(place):
+    folder = place.copy_of_teacher(positions=64)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    place.trainer(teacher=str(folder), max_completion_length=62)
 
 
 @refused("teacher", "another tokenizer", "ids stand for different tokens", "shares the student's tokenizer")

@@ -15,11 +15,12 @@ import torch
 import twin
 import yaml
 from distributed_worker import make_ragged_batch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from teacher_server import TeacherServer, right, status
 from test_probe import SCRIPT
 from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
+from transformers import AutoModelForCausalLM
 
 from trl_rlad.rollouts import read_rollouts
 
@@ -142,6 +143,19 @@ def test_fsdp2(tmp_path, paths, unsharded):
     assert all(result["most_parameters"] < limit for result in results), "a full copy of the teacher"
 
 
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_a_sharded_adapter(way, tmp_path, paths):
+    # On the LM head too, which is then asked for all its logits: that is tried by both processes at once
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=2, init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(paths["teacher"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    options = {"student": paths["student"], "teacher": str(tmp_path / "adapter")}
+    options |= {"fsdp": "no"} if way == "fsdp2" else {}
+    results = launch(tmp_path / "run", "ddp" if way == "fsdp2" else way, **options)
+    assert results[0]["teacher"] == ("FSDPTeacher" if way == "fsdp2" else "ZeRO3Teacher")
+    assert_scores(results, tmp_path / "adapter")
+
+
 def test_fsdp2_in_bf16_scores_in_float32(tmp_path, paths):
     results = launch(tmp_path, "ddp", fsdp="bf16", **paths)
     for rank, result in enumerate(results):
@@ -184,6 +198,13 @@ def test_an_absent_rank_is_named(tmp_path, paths):
     assert run.returncode != 0
     assert "Rank 0 waited 3 s in vain for the other ranks to start call 1 of TeacherScorer.score" in run.stderr
     assert "Ranks 1 failed to pass monitoredBarrier" in run.stderr
+
+
+def test_a_rank_that_is_stuck_elsewhere_ends_all_after_the_timeout_of_torch(tmp_path, paths):
+    start = time.monotonic()
+    run = launch(tmp_path, "ddp", check=False, stuck=1, ddp_timeout=10, **paths)
+    assert run.returncode != 0 and time.monotonic() - start < 120.0
+    assert "Timed out" in run.stderr and "has not ended" not in run.stderr  # named by nobody, as the page says
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
@@ -311,7 +332,7 @@ def watched(tmp_path_factory, paths):
     prompt = tiny.make_tokenizer()(tiny.make_dataset()[2]["prompt"])["input_ids"]  # the first that is rank 1's
 
     def fault(handler, answer):
-        is_ours = hasattr(handler, "body") and handler.body["prompt"][: len(prompt)] == prompt
+        is_ours = handler.body is not None and handler.body["prompt"][: len(prompt)] == prompt
         (status(500) if is_ours else right)(handler, answer)
 
     with TeacherServer(paths["teacher"]) as server:

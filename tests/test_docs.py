@@ -58,7 +58,10 @@ def check_command(line):
     """The flags of a command line that runs a script of ours, and the files that it names."""
     words = shlex.split(line, comments=True)
     for word in words:
-        if re.fullmatch(r"(examples|benchmarks|tests)/\S+\.\w+|\.?(ci|tests)/\S*run", word) and "NAME" not in word:
+        if (
+            re.fullmatch(r"(examples|benchmarks|tests|trl_rlad)/\S+\.\w+|\.?(ci|tests)/\S*run", word)
+            and "NAME" not in word
+        ):
             assert (ROOT / word).exists(), f"{word} isn't there"
     if "trl-rlad" in words and words[-1] != "trl-rlad":
         command, *rest = words[words.index("trl-rlad") + 1 :]

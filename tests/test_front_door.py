@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny
 import yaml
+from trl import DatasetMixtureConfig
 from trl.scripts import grpo
 
 from trl_rlad import RLADTrainer
@@ -18,7 +19,7 @@ from trl_rlad.cli import main as cli
 from trl_rlad.commands import train as command
 from trl_rlad.scripts import train
 from trl_rlad.scripts.arguments import parse_teachers, read_method
-from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs
+from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs, load_source
 
 
 CHAT_TEMPLATE = (
@@ -135,6 +136,7 @@ def test_a_configuration_of_accelerate_by_its_name(name, tmp_path):
     ("line", "message"),
     [
         ("--teacher_kl_coeff 1.0", "there is no --teacher_kl_coeff: did you mean --teacher_kl_coef?"),
+        ("--num_processes 2", "2 processes without GPUs need a configuration: --accelerate_config zero3"),
         ("--accelerate_config zero4", "Refused: `--accelerate_config zero4` is neither a file nor one of cpu, fsdp2"),
         ("--alpha 2", "Refused: `alpha` must be in [0, 1]"),
         ("--method tdrl", "Refused: `--method tdrl` is none of credit, "),
@@ -147,6 +149,7 @@ def test_a_configuration_of_accelerate_by_its_name(name, tmp_path):
 )
 def test_what_is_refused_is_one_line_and_exits_with_2(line, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
     with pytest.raises(SystemExit, match="^2$"):
         cli(["train", *line.split(), "--bf16", "false", "--teacher_model_name_or_path", "t"])
     error = capsys.readouterr().err
@@ -172,6 +175,17 @@ def test_reward_functions_have_trls_names():
 def test_a_reward_model_comes_before_the_functions(place):
     model, function, own = load_reward_funcs("some/model", ["accuracy_reward", "my_rewards.varied"])
     assert (model, function, own.__name__) == ("some/model", REWARD_FUNCS["accuracy_reward"], "varied")
+
+
+def test_a_dataset_without_rewards_is_enough_for_pure_distillation(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "w1"}\n')
+    script_args = train.ScriptArguments(dataset_name=str(tmp_path / "train.jsonl"))
+    args = tiny.make_config(tmp_path, distillation_fraction=1.0)
+    source = load_source(script_args, args, DatasetMixtureConfig(), None)
+    assert source.train_dataset["prompt"] == ["w1"] and source.reward_funcs == [] and source.task is None
+    args.distillation_fraction = 0.9
+    with pytest.raises(ValueError, match="needs rewards: .* Only `--distillation_fraction 1.0` needs none"):
+        load_source(script_args, args, DatasetMixtureConfig(), None)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -44,3 +45,12 @@ def test_the_gate_is_one():
     for hook in read(".pre-commit-config.yaml")["repos"][0]["hooks"]:
         assert f".venv/bin/{hook['name']}" in gate, hook
     assert "tests/wheel/run" in (ROOT / ".github/workflows/release.yml").read_text()
+
+
+def test_the_main_job_says_what_it_needs_where_nothing_is_installed():
+    header = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", (ROOT / "examples/rlad_grpo.py").read_text())[1]
+    (requirement,) = tomllib.loads(re.sub("^# ?", "", header, flags=re.MULTILINE))["dependencies"]
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, extras = re.fullmatch(r"([\w-]+)\[(.*)\]", requirement).groups()
+    assert name == setup["metadata"]["name"] and set(extras.split(",")) <= set(setup["options.extras_require"])

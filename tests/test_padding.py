@@ -121,6 +121,62 @@ def test_with_a_teacher(kwargs, tmp_path, student_path, teacher_path):
     assert_equal_to_rounding(weights, expected, student_path)
 
 
+def trust(monkeypatch):
+    """Without trying first whether the student may run without padding, which takes passes too."""
+    monkeypatch.setattr(RLADTrainer, "_trims", property(lambda trainer: trainer.args.trim_padding))
+
+
+class OwnLoss(RLADTrainer):
+    """One whose loss depends on which rows share a micro-batch: it divides by their tokens."""
+
+    def _compute_loss(self, model, inputs):
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")
+        )
+        width = inputs["completion_ids"].size(1)
+        logps = self._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
+        weights = inputs["completion_mask"] * inputs["advantages"].unsqueeze(1)
+        return -(logps * weights).sum() / inputs["completion_mask"].sum()
+
+
+class Mixin:
+    _compute_loss = OwnLoss._compute_loss
+
+
+class MixedIn(RLADTrainer, Mixin, GRPOTrainer):
+    """One whose loss is between ours and TRL's."""
+
+
+@pytest.mark.parametrize("cls", [OwnLoss, MixedIn])
+def test_a_loss_of_ones_own_keeps_its_rows_together(cls, tmp_path, student_path):
+    expected = train(cls, student_path, tmp_path, trim_padding=False)
+    assert_equal_to_rounding(train(cls, student_path, tmp_path), expected, student_path)
+
+
+def test_a_loss_that_is_put_in_later_is_seen(tmp_path, student_path, monkeypatch):
+    trainer = make_trainer(RLADTrainer, student_path, tmp_path)
+    assert trainer._order_is_free
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_compute_loss", OwnLoss._compute_loss)
+        assert not trainer._order_is_free
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs)
+    assert not trainer._order_is_free
+
+
+def test_rounding_is_that_of_the_dtype_in_which_the_student_runs(tmp_path, student_path):
+    start, kwargs = AutoModelForCausalLM.from_pretrained(student_path).state_dict(), {"max_steps": 1}
+    differences = {}
+    for bf16 in (False, True):
+        both = [
+            train(RLADTrainer, student_path, tmp_path, bf16=bf16, trim_padding=trims, **kwargs)
+            for trims in (False, True)
+        ]
+        steps = [torch.cat([(p.detach() - start[name]).flatten() for name, p in each.items()]) for each in both]
+        differences[bf16] = ((steps[1] - steps[0]).norm() / steps[0].norm()).item()
+    assert differences[False] < 1e-5 and 1e-4 < differences[True] < 3e-2, differences
+
+
 def test_passes_are_narrower_and_as_many(tmp_path, student_path, monkeypatch):
     widths = {True: [], False: []}
     score = GRPOTrainer._get_per_token_logps_and_entropies
@@ -132,6 +188,7 @@ def test_passes_are_narrower_and_as_many(tmp_path, student_path, monkeypatch):
         return score(self, model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record)
+    trust(monkeypatch)
     for trim_padding in widths:  # the log-probabilities of the old policy and of the reference, and twice the loss
         train(RLADTrainer, student_path, tmp_path, trim_padding=trim_padding, beta=0.1, num_iterations=2)
     assert len(widths[True]) == len(widths[False]) == 3 * 8 + 5 * 4
@@ -147,6 +204,7 @@ def test_widths_are_multiples_of_what_is_asked_for(tmp_path, student_path, monke
         return score(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record)
+    trust(monkeypatch)
     train(RLADTrainer, student_path, tmp_path, pad_to_multiple_of=4, num_iterations=2)
     assert all(prompt % 4 == completion % 4 == 0 for prompt, completion in widths)
     assert (
@@ -227,6 +285,7 @@ def test_log_probs_of_a_generation_batch_come_back_in_its_order(tmp_path, studen
         return pixel_values[starts, :1] * attention_mask[:, -logits_to_keep:], None, None
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", first_patches)
+    trust(monkeypatch)
     attention_mask = torch.cat([batch.pop("prompt_mask"), batch["completion_mask"]], dim=1)
     images = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "num_images")}
     logps, *_ = trainer._get_per_token_logps_and_entropies(

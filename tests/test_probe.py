@@ -86,6 +86,30 @@ def test_figures_by_hand():
     assert figures["mean@1"][1:] == (0.0, 0.5)
 
 
+def test_what_none_can_judge_is_neither_a_success_nor_a_failure():
+    sure = [log(0.95)], [log(0.95) - 2.5]  # which the teacher contradicts
+    rollouts = [
+        rollout(0, 1.0, 1.0, [-1.0], [-1.0]),
+        rollout(0, None, 0.0, *sure),
+        rollout(1, 0.0, -1.0, [-1.0], [-1.5]),
+        rollout(1, 1.0, 1.0, [-1.0], [-1.0]),
+        rollout(2, None, 0.0, *sure),
+        rollout(2, None, 0.0, *sure),
+    ]
+    figures = report(rollouts)
+    expected = {
+        "mean@1": 2 / 3,
+        "pass@k": 1.0,  # of the one group that is judged as a whole
+        "signal": 1 / 3,
+        "all_failed": 0.0,
+        "discrimination": 1.0,  # of one pair
+        "contradicted_failed": 0.0,
+        "contradicted_succeeded": 0.0,
+        "gap": (0.0 + 2.5 + 0.5 + 0.0 + 2.5 + 2.5) / 6,
+    }
+    assert {name: figures[name].value for name in expected} == pytest.approx(expected)
+
+
 def test_the_interval_is_of_95_percent():
     figures = report([rollout(i, float(i == 0), 0.0, [-1.0], [-1.0]) for i in range(3)])
     # A draw in 27 has the one prompt with a success three times: fewer than 5 in 100, and more than 2.5
@@ -214,7 +238,7 @@ def test_the_bounds_of_the_rule(changes, in_the_loss, before):
     advice, settings = recommend(changes | estimates), json.loads(STUDY.read_text())["settings"]
     assert advice.keys() == {"before", "in the loss", "settings", "evidence", "limits"}
     assert advice["in the loss"] == in_the_loss and advice["before"].partition(" (")[0] == (before or advice["before"])
-    column = ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
+    column = ", and a column teacher_weight (trl-rlad train --teacher_samples 4)"
     expected = {"GRPO": settings["grpo"], NAMES: settings["rlad_named"], BELIEVED: settings["rlad_named"] + column}
     assert advice["settings"] == expected[in_the_loss]
 

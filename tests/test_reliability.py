@@ -133,7 +133,21 @@ def test_the_teacher_stops_naming_when_nothing_is_left_to_name(student_path, tea
         ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "Choose a multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 2, "steps_per_generation": 4, "num_iterations": 3,
           "gradient_accumulation_steps": 2}, "Choose a multiple of 6"),
-        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5}, None),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5}, "no effect without a divergence after dist"),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 1.0, "teacher_kl_coef": 1.0}, "without a divergence af"),
+        ({"teacher_kl_on": "failed", "distillation_fraction": 0.5, "teacher_kl_coef": 1.0}, None),
+        ({"teacher_kl_coef": 1.0, "teacher_top_k": 4}, '`teacher_top_k` has no effect without `teacher_kl="forward"`'),
+        ({"teacher_kl_coef": 1.0, "teacher_kl": "forward", "teacher_top_k": 4}, None),
+        ({"distillation_fraction": 1.0, "alpha": 0.3}, "`alpha` has no effect without any training after"),
+        ({"distillation_fraction": 1.0, "teacher_credit": True, "teacher_kl_coef": 0.1, "teacher_kl_coef_final": 0.2},
+         "`teacher_credit`, `teacher_kl_coef`, `teacher_kl_coef_final` has no effect without any training after"),
+        ({"distillation_fraction": 1.0, "alpha": 1.0, "teacher_log_ratio_clip": None}, None),
+        ({"distillation_fraction": 1.0, "teacher_kl": "forward", "teacher_log_ratio_clip": None},
+         "`teacher_log_ratio_clip` has no effect without a term in which the teacher grades"),
+        ({"teacher_kl_coef": 1.0, "alpha": 1.0, "teacher_kl": "forward", "teacher_log_ratio_clip": 2.0}, "grades"),
+        ({"distillation_fraction": 0.9, "alpha": 0.3, "teacher_kl": "forward", "teacher_log_ratio_clip": 2.0}, None),
+        ({"on_teacher_failure": "grpo"}, "`on_teacher_failure` has no effect without `teacher_server_urls`"),
+        ({"on_teacher_failure": "grpo", "teacher_server_urls": "http://localhost"}, None),
         ({"teacher_kl_on": "failed", "teacher_kl_coef_final": 0.5}, None),
         ({"save_strategy": "steps", "save_steps": 4, "num_iterations": 2}, None),
         ({"save_strategy": "steps", "save_steps": 0.5, "num_iterations": 2}, None),
@@ -143,6 +157,26 @@ def test_what_is_only_warned_about(kwargs, message, tmp_path, recwarn):
     tiny.make_config(tmp_path, **kwargs)
     said = [str(w.message) for w in recwarn if "no effect" in str(w.message) or "multiple of" in str(w.message)]
     assert bool(said) == (message is not None) and (not said or message in said[0])
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "warns"),
+    [
+        ({"distillation_fraction": 0.5}, True),
+        ({"teacher_kl_coef": 0.5, "teacher_kl_coef_final": 0.0}, True),
+        ({"distillation_fraction": 0.5, "metric_for_best_model": "eval_loss"}, True),
+        ({"distillation_fraction": 0.5, "metric_for_best_model": "reward"}, False),
+        ({"distillation_fraction": 0.5, "load_best_model_at_end": False}, False),
+        ({"distillation_fraction": 1.0}, False),
+        ({"teacher_kl_coef": 0.5}, False),
+    ],
+)
+def test_that_the_best_loss_is_of_another_phase_is_said(kwargs, warns, tmp_path, recwarn):
+    tiny.make_config(tmp_path, eval_steps=1, lr_scheduler_type="constant", **BEST | kwargs)
+    assert warns == any("made of other terms at the beginning" in str(warning.message) for warning in recwarn)
 
 
 # Metrics
@@ -197,7 +231,7 @@ def test_a_rollout_longer_than_the_teachers_positions(student_path, tmp_path):
         # by the positions of the model times the factor, which the config may or may not have taken into account
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
         ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096),
-        ({"rope_type": "dynamic", "factor": 2.0}, float("inf")),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096),
         ({"full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
     ],
 )
@@ -403,10 +437,10 @@ def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_settings_of_grpo_are_compared_too(checkpoint, student_path, teacher_path, tmp_path, caplog):
-    kwargs = {"loss_type": "grpo", "learning_rate": 0.5, "vllm_server_port": 1, "log_unique_prompts": True}
+    kwargs = {"epsilon": 0.3, "learning_rate": 0.5, "vllm_server_port": 1, "log_unique_prompts": True}
     make_trainer(student_path, teacher_path, tmp_path, max_steps=3, **kwargs).train(str(checkpoint))
     (said,) = [record.getMessage() for record in caplog.records if "settings have changed" in record.getMessage()]
-    assert "`loss_type` from dapo to grpo" in said and "`learning_rate` from" in said and said.count("from") == 2
+    assert "`epsilon` from 0.2 to 0.3" in said and "`learning_rate` from" in said and said.count("from") == 2
 
 
 def test_a_checkpoint_without_a_record_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):

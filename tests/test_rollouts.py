@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer
 from trl_rlad.reports.metrics_table import MetricsTable
+from trl_rlad.reports.view import render
 from trl_rlad.rollouts import describe_rollouts, read_rollouts, split_text
 
 
@@ -94,6 +95,30 @@ def test_the_table_of_completions_has_the_mean_log_ratio(run):
     assert first["teacher_log_ratio"][list(gaps)].to_dict() == pytest.approx(gaps, abs=1e-3)
     # The evaluation has overwritten TRL's table of its step with rows of its own
     assert second["teacher_log_ratio"].isna().all()
+
+
+def test_an_evaluation_in_the_middle_of_a_generation_batch_leaves_its_rows_apart(tmp_path, student_path, teacher_path):
+    settings = {"max_steps": 2, "num_iterations": 2, "eval_strategy": "steps", "eval_steps": 1}
+    args = tiny.make_config(tmp_path, log_completions=True, num_completions_to_print=0, **settings)
+    data = tiny.make_dataset(4)
+    RLADTrainer(student_path, tiny.reward, args, data, data, teacher_model=teacher_path).train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    # TRL's table has the evaluation's rows now; the rollouts are still those of both steps
+    assert table["teacher_log_ratio"].isna().all()
+    first, second = ([r for r in read_rollouts(tmp_path) if r["step"] == step] for step in (1, 2))
+    assert first and [r["ids"] for r in first] == [r["ids"] for r in second]
+
+
+def test_what_no_reward_function_can_judge_has_no_reward(tmp_path, student_path, teacher_path):
+    def judge_some(completion_ids, **kwargs):
+        return [None if i % 4 == 1 else float(i % 4 == 2) for i in range(len(completion_ids))]
+
+    args = tiny.make_config(tmp_path, log_completions=True, num_completions_to_print=0, max_steps=1)
+    RLADTrainer(student_path, judge_some, args, tiny.make_dataset(), teacher_model=teacher_path).train()
+    records = read_rollouts(tmp_path)
+    assert [record["reward"] for record in records] == [0.0, None, 1.0, 0.0]
+    page = render([("run", records, [])])
+    assert page.count("not judged") == 1 and page.count("reward 0") == 2
 
 
 def signal_by_length(prompts, completion_ids, **kwargs):

@@ -99,7 +99,7 @@ def test_two_names_of_one_teacher_change_nothing(student_path, teacher_path, tmp
     ("names", "message"),
     [
         (None, "There are several teachers by name.*column `teacher_id`"),
-        (["small", "other"], "column `teacher_id` has 'other', which is no teacher. .* 'small', 'wide'"),
+        (["small", "other"], "column `teacher_id` has 'other' in row 1, which is no teacher. .* 'small', 'wide'"),
         (["small", None], "column `teacher_id` has None"),
     ],
 )
@@ -222,7 +222,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": Fa
 
 
 def save_adapters(base, folder):
-    """Two adapters of one base and one that changes the LM head too; and each merged into a model of its own."""
+    """Two adapters of one base and one that changes its LM head too; and each merged into a model of its own."""
     adapters, merged = {}, {}
     for name, extra in {"one.a": [], "one_a": [], "head": ["lm_head"]}.items():
         config = LoraConfig(**LORA | {"target_modules": LORA["target_modules"] + extra})

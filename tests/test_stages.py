@@ -5,10 +5,13 @@ First distillation, then reinforcement; and where a teacher is believed: `distil
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from test_loss import B, make_batch, make_logps, reference_loss
+from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_rlad import RLADTrainer
+from trl_rlad.checkpoints import RunRecord
 
 
 def train(student_path, teacher_path, output_dir, dataset=None, resume=None, **kwargs):
@@ -82,6 +85,18 @@ def test_distillation_is_distillation(estimator, tmp_path, student_path, teacher
     assert any(logged(staged, "reward"))  # which is still measured
 
 
+def test_pure_distillation_needs_no_reward(tmp_path, student_path, teacher_path):
+    args = tiny.make_config(tmp_path, max_steps=4, learning_rate=1e-3, distillation_fraction=1.0)
+    plain = train(student_path, teacher_path, tmp_path, distillation_fraction=1.0)
+    trainer = RLADTrainer(student_path, None, args, tiny.make_dataset(), teacher_model=teacher_path)
+    trainer.train()
+    assert all(torch.equal(*pair) for pair in zip(weights(trainer), weights(plain), strict=True))
+    assert logged(trainer, "reward") == [0.0] * 4
+    args = tiny.make_config(tmp_path, distillation_fraction=0.9)
+    with pytest.raises(ValueError, match="`reward_funcs`"):
+        RLADTrainer(student_path, None, args, tiny.make_dataset(), teacher_model=teacher_path)
+
+
 def test_what_has_succeeded_is_distilled_too_before_the_failures_alone_are(tmp_path, student_path, teacher_path):
     settings = {"alpha": 1.0, "distillation_fraction": 0.5, "teacher_kl_coef": 0.1, "teacher_kl_on": "failed"}
     config = tiny.make_config(tmp_path, success_reward=-1.0, max_steps=2, **settings)
@@ -143,6 +158,37 @@ def test_a_resumed_run_is_in_its_stage(tmp_path, student_path, teacher_path):
         for name in ("loss", "teacher/kl_coef", "teacher/kl"):
             assert logged(resumed, name) == logged(whole, name), name
         assert all(torch.equal(*pair) for pair in zip(weights(resumed), weights(whole), strict=True))
+
+
+def test_a_phase_that_comes_back_with_more_steps_is_said(tmp_path, student_path, teacher_path, caplog):
+    kwargs = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "distillation_fraction": 0.5}
+    train(student_path, teacher_path, tmp_path, **kwargs)
+    resumed = train(
+        student_path, teacher_path, tmp_path, resume=tmp_path / "checkpoint-2", **kwargs | {"max_steps": 5}
+    )
+    assert logged(resumed, "teacher/kl_coef") == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert "Step 2 was one of 2 when the checkpoint was saved, and is one of 5 now." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "says"),
+    [
+        ({"distillation_fraction": 0.5}, (2, 4, 8), True),
+        ({"distillation_fraction": 0.5}, (2, 4, 4), False),
+        ({"distillation_fraction": 0.5}, (4, 5, 6), False),  # both are behind distillation
+        ({"distillation_fraction": 0.5}, (4, 8, 5), False),
+        (MOVING, (2, 4, 5), True),
+        ({}, (2, 4, 8), False),
+        ({"distillation_fraction": 0.5}, (0, None, 8), False),  # nothing is gone on from
+    ],
+)
+def test_which_phases_come_back(settings, steps, says, tmp_path, caplog):
+    PartialState()
+    args, (step, before, now) = tiny.make_config(tmp_path, **settings), steps
+    record = RunRecord(args, {})
+    record.before = before and (tmp_path, {"max_steps": before})
+    record.on_train_begin(args, TrainerState(global_step=step, max_steps=now), None)
+    assert ("falls back to an earlier phase" in caplog.text) == says
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])

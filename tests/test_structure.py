@@ -12,6 +12,8 @@ ROOMS = (
     "objective",
     "evaluation",
     "packing",
+    "trials",
+    "columns",
     "_trl",
     "config",
     "lm_head",

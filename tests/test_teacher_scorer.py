@@ -73,6 +73,7 @@ class CountingTeacher:
 
     vocab_size, max_length = 32, float("inf")
     shares_prompts = is_sharded = False
+    mixes_rows = True
 
     def __init__(self, value=-1.0):
         self.value, self.rows, self.released = value, 0, False

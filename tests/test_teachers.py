@@ -71,7 +71,7 @@ def test_dtype_of_the_checkpoint_by_default(tmp_path, teacher_path):
     assert model.dtype == torch.float32 and model.config._attn_implementation == "eager"
 
 
-def test_an_adapter_is_merged_into_its_base(tmp_path, teacher_path):
+def test_an_adapter_from_disk(tmp_path, teacher_path):
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(teacher_path), LORA)
     for name, p in adapted.named_parameters():
         if "lora_B" in name:  # zero at first, which would make the adapter the identity
@@ -328,7 +328,7 @@ def test_a_cache_that_cannot_be_shared(tmp_path, teacher_path, monkeypatch, capl
     scorer = tiny.make_scorer(teacher, 1000)
     scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
     torch.testing.assert_close(scores, naive_scores(teacher_path, batch, 1.0), rtol=0, atol=1e-5)
-    assert "can't be shared" in caplog.text and not teacher.shares_prompts
+    assert "on a shared prompt, so each completion runs its own" in caplog.text and not teacher.shares_prompts
 
 
 def test_a_teacher_that_runs_out_of_memory_takes_smaller_batches(tmp_path, teacher_path, caplog):

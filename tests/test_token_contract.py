@@ -6,14 +6,21 @@ import tiny
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from trl_rlad.scoring.rows import Row
 from trl_rlad.teachers import TokenContract, contract
-from trl_rlad.teachers.contract import find_image_problem, find_nameable_ids, find_unknown_ids, longest_prompt
+from trl_rlad.teachers.contract import (
+    find_ends,
+    find_image_problem,
+    find_unfit_ends,
+    find_unknown_ids,
+    longest_prompt,
+)
 
 
 def test_same_tokenizer():
-    assert find_unknown_ids(tiny.make_tokenizer(), tiny.make_tokenizer(), [1, 2]) == []
+    assert find_unknown_ids(tiny.make_tokenizer(), tiny.make_tokenizer()) == []
 
 
 def test_a_teacher_that_knows_more_is_fine():
@@ -29,14 +36,32 @@ def test_half_of_the_students_tokens_are_enough():
     assert find_unknown_ids(tiny.make_tokenizer([*tiny.WORDS, *more]), tiny.make_tokenizer()) == list(range(32, 64))
 
 
-def test_different_ends_of_turn():
-    base, instruct = tiny.make_tokenizer(eos_token="<eos>"), tiny.make_tokenizer(eos_token="<end>")
-    # <eos> is 1 and <end> is 2. Where the teacher would end with <end>, its probability of <eos> says nothing
-    assert find_unknown_ids(base, instruct, [1]) == [1]
-    # a base student that was told to stop at <end> too: there the teacher is at home
-    assert find_unknown_ids(base, instruct, [1, 2]) == [1]
-    assert find_unknown_ids(instruct, base, [2]) == [2]
-    assert find_unknown_ids(tiny.make_tokenizer([*tiny.WORDS, "more"]), instruct, [1]) == [1, 32]
+# <eos> is 1 and <end> is 2. Where the teacher would end with <end>, its probability of <eos> says nothing
+@pytest.mark.parametrize(
+    ("student", "teacher", "unfit"),
+    [
+        ({1}, {1}, set()),
+        ({1}, {2}, {1}),
+        ({2}, {1}, {2}),
+        # a base student and an instruct teacher that lists <eos> beside the <end> that it uses (Gemma, Phi)
+        ({1}, {1, 2}, {1}),
+        ({1, 2}, {1}, {2}),  # the other way round: a base teacher knows nothing of <end>
+        ({1, 2}, {2}, {1}),  # a base student that was told to stop at <end> too: there the teacher is at home
+        ({1, 2}, {1, 2}, set()),
+        ({1, 2}, {2, 3}, {1, 2}),
+        ({1}, {1, 99}, {1}),  # of which the student has never heard
+    ],
+)
+def test_different_ends_of_turn(student, teacher, unfit):
+    assert find_unfit_ends(student, teacher) == unfit
+
+
+def test_ends_are_those_of_the_generation_config_and_the_tokenizer():
+    tokenizer = tiny.make_tokenizer()
+    assert find_ends(GenerationConfig(eos_token_id=[2, 1]), tokenizer) == {1, 2}
+    assert find_ends(GenerationConfig(eos_token_id=2), tokenizer) == {1, 2}
+    assert find_ends(GenerationConfig(), tokenizer) == {1}
+    assert find_ends(GenerationConfig(), tiny.make_tokenizer(eos_token=None)) == set()
 
 
 def test_an_id_with_two_meanings_is_refused():
@@ -58,19 +83,10 @@ def test_a_teacher_that_knows_next_to_nothing_is_refused():
         find_unknown_ids(tiny.make_tokenizer(), tiny.make_tokenizer([]))
 
 
-def test_what_the_teacher_may_name():
-    student = tiny.make_tokenizer()
-    assert find_nameable_ids(student, tiny.make_tokenizer([*tiny.WORDS, "more"]), [], [1]) == list(range(32))
-    assert find_nameable_ids(student, student, [5, 7], [1]) == [i for i in range(32) if i not in (5, 7)]
-    # The end of a turn that isn't one for the student
-    instruct = tiny.make_tokenizer(eos_token="<end>")
-    assert find_nameable_ids(student, instruct, [1], [1]) == [0, *range(3, 32)]
-    assert find_nameable_ids(student, instruct, [1], [1, 2]) == [0, *range(2, 32)]
-
-
 def make_teacher(words=tiny.WORDS, **attributes):
     """All of a teacher that is looked at: it knows 32 ids and 10 positions."""
     defaults = {"name": "Tutor", "tokenizer": tiny.make_tokenizer(words), "vocab_size": 32, "max_length": 10.0}
+    defaults["eos_token_ids"] = {1}
     defaults |= {"length_remedy": "wait", "find_image_problem": lambda processor: f"it can't read {processor}"}
     return SimpleNamespace(**defaults | attributes)
 
@@ -90,11 +106,31 @@ def test_what_came_out_of_the_comparison(caplog):
     assert with_images.image_problem == "it can't read films" and not caplog.records
 
 
-def test_what_ends_a_turn_is_known_and_named_by_both_only_if_it_ends_it_for_both():
-    base, instruct = tiny.make_tokenizer(), make_teacher(tokenizer=tiny.make_tokenizer(eos_token="<end>"))
-    made = TokenContract.between(base, instruct, [1])
-    assert made.is_known(torch.arange(4)).tolist() == [True, False, True, True]
-    assert made.can_be_named(torch.arange(4)).tolist() == [True, False, False, True]
+@pytest.mark.parametrize(
+    ("student", "teacher", "known", "named"),
+    [
+        ([1], {2}, [True, False, True, True], [True, False, False, True]),
+        ([1], {1, 2}, [True, False, True, True], [True, False, False, True]),
+        ([1, 2], {2}, [True, False, True, True], [True, False, True, True]),
+        ([1, 2], {1}, [True, True, False, True], [True, True, False, True]),
+        ([1, 2], {1, 2}, [True] * 4, [True] * 4),
+    ],
+)
+def test_what_ends_a_turn_is_known_and_named_by_both_only_if_it_ends_it_for_both(student, teacher, known, named):
+    made = TokenContract.between(tiny.make_tokenizer(), make_teacher(eos_token_ids=teacher), student)
+    assert made.is_known(torch.arange(4)).tolist() == known
+    assert made.can_be_named(torch.arange(4)).tolist() == named
+
+
+def test_an_end_on_which_the_student_does_not_stop_is_said(caplog):
+    PartialState()
+    TokenContract.between(tiny.make_tokenizer(), make_teacher(eos_token_ids={1, 2}), [1])
+    scored, ends = (record.message for record in caplog.records)
+    assert "doesn't score 1 of the student's tokens" in scored and "'<eos>'" in scored
+    assert "end its turn with '<end>'" in ends and "`generation_config.eos_token_id` of the student" in ends
+    caplog.clear()
+    TokenContract.between(tiny.make_tokenizer(), make_teacher(eos_token_ids={1}), [1, 2])
+    assert "'<end>'" in caplog.text and "may end its turn" not in caplog.text
 
 
 def test_five_of_the_unknown_tokens_are_named(caplog):

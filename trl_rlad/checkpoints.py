@@ -74,7 +74,8 @@ def describe_settings(args: RLADConfig) -> dict[str, Any]:
     names = {field.name for field in fields(RLADConfig)} - {field.name for field in fields(TrainingArguments)}
     names = {name for name in names if not _WITHOUT_EFFECT.fullmatch(name)} | _OF_TRAINING
     settings = {name: value for name, value in args.to_dict().items() if name in names}
-    return json.loads(json.dumps(settings, default=str))  # a dtype is an object
+    # A dtype is an object; that of others has an address, which differs in each process
+    return json.loads(json.dumps(settings, default=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value))))
 
 
 class RunRecord(TrainerCallback):
@@ -95,11 +96,19 @@ class RunRecord(TrainerCallback):
         if self.before is None and args.save_strategy == "no":
             return
         self.record["scores"] = {name: sample_scores(teacher) for name, teacher in self.teachers.items()}
+        self.record["max_steps"] = now = state.max_steps
         path, before = self.before or (None, {})
         self.before = None
+        step, planned = state.global_step, before.get("max_steps", now)
+        if args.objective.at(step / max(planned, 1)) != args.objective.at(step / max(now, 1)):
+            logger.warning(
+                f"Step {step} was one of {planned} when the checkpoint was saved, and is one of {now} now. What goes "
+                "by the share of training that is done, `distillation_fraction` and `teacher_kl_coef_final`, falls "
+                "back to an earlier phase, or jumps to a later one. Set them for the phase that is to come."
+            )
         for name, scores in before.get("scores", {}).items():
-            now = self.record["scores"][name]
-            difference = sum(abs(a - b) for a, b in zip(scores, now, strict=True)) / len(now)
+            scores_now = self.record["scores"][name]
+            difference = sum(abs(a - b) for a, b in zip(scores, scores_now, strict=True)) / len(scores)
             if not difference <= TOLERANCE:
                 raise ValueError(
                     f"The weights of the teacher {self.record['teachers'][name]['name']!r} are other ones than when "

@@ -37,6 +37,16 @@ def _is_count(value):
     return isinstance(value, int) and value >= 1
 
 
+def _is_address(url):
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname.encode("idna").decode(), parts.port  # which raise what isn't any
+    except (AttributeError, TypeError, ValueError):
+        return False
+    is_host = re.fullmatch(r"[\w.-]+|[0-9a-f:.]+", host) and not re.search(r"[\s#]", url)
+    return parts.scheme in ("http", "https") and port != 0 and bool(is_host)
+
+
 def _optional(holds):
     return lambda value: value is None or holds(value)
 
@@ -138,7 +148,8 @@ class RLADConfig(GRPOConfig):
         distillation_fraction (`float`, *optional*, defaults to `0.0`):
             Share of training, at its beginning, in which the student only imitates: the advantage is zero, and the
             divergence from the teacher has the coefficient 1 on all completions. After that the teacher has the part
-            that `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation.
+            that `alpha` and `teacher_kl_coef` give it; if that is none, it is let go. `1.0` is on-policy distillation,
+            which needs no reward, and of which an evaluation's loss is the divergence too.
 
         > Where the teacher is
 
@@ -160,15 +171,15 @@ class RLADConfig(GRPOConfig):
         teacher_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have come to the scoring of a rollout batch, and again to its end.
             A process that is stuck is then named, and training ends. Servers are given half of it, to be ready at the
-            start and to answer.
+            start, to be started again and to answer.
         teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
             Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
             teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed
             then, unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
         on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
             What to do when no server answers, after half of `teacher_timeout`: `"raise"` ends training, `"grpo"`
-            trains such rows without the teacher, until they are more than a tenth of all so far, and more than a
-            thousand.
+            trains such rows without the teacher (in distillation, not at all), until they are more than a tenth of all
+            so far, and more than a thousand.
 
         > The student's passes
 
@@ -258,13 +269,12 @@ class RLADConfig(GRPOConfig):
         if self.teacher_server_urls is None:
             return
         for url in (url for urls in self.teacher_servers.values() or [[]] for url in urls or [urls]):
-            parts = urlsplit(url) if isinstance(url, str) else None
-            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            if not _is_address(url):
                 raise ValueError(
                     "`teacher_server_urls` must be an address such as 'http://localhost:8000', a list of them, or a "
                     f"dictionary of either by name, but has {url!r}."
                 )
-            if parts.username is not None or parts.query:
+            if "@" in urlsplit(url).netloc or "?" in url:
                 raise ValueError(
                     "A key in `teacher_server_urls` would be saved with the settings of the run. Set the environment "
                     "variable `VLLM_API_KEY` instead."
@@ -289,13 +299,13 @@ class RLADConfig(GRPOConfig):
                 "training, which leaves little of it for the reward after distillation. Set "
                 '`lr_scheduler_type="constant_with_warmup"`.'
             )
-        names = ("teacher_kl", "teacher_kl_on", "teacher_top_k") if not self.objective.has_kl else ()
-        if idle := [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]:
+        self._warn_of_idle_settings()
+        by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
+        if self.load_best_model_at_end and by_loss and self.objective.at(0.0) != self.objective.at(1.0):
             self._warn(
-                f"`{'`, `'.join(idle)}` has no effect without a divergence from the teacher: set `teacher_kl_coef`."
+                "`load_best_model_at_end` chooses by `eval_loss`, which is made of other terms at the beginning of "
+                "training than at its end. Choose by another metric, such as `metric_for_best_model='reward'`."
             )
-        if self.on_teacher_failure != "raise" and self.teacher_server_urls is None:
-            self._warn("`on_teacher_failure` has no effect without `teacher_server_urls`.")
         steps_of_rollouts = self.steps_per_generation * self.num_iterations
         if (
             self.save_strategy == "steps"
@@ -308,9 +318,28 @@ class RLADConfig(GRPOConfig):
                 f"multiple of {steps_of_rollouts / gcd(steps_of_rollouts, self.gradient_accumulation_steps):g}."
             )
 
+    def _warn_of_idle_settings(self):
+        has_kl, only_distils = self.objective.has_kl, self.distillation_fraction == 1.0
+        has_kl_after = bool(self.teacher_kl_coef or self.teacher_kl_coef_final) and not only_distils
+        grades = (self.alpha < 1.0 and not only_distils) or (has_kl and self.teacher_kl == "reverse")
+        reasons = (
+            ("teacher_kl teacher_kl_on teacher_top_k", has_kl, "a divergence from the teacher: set `teacher_kl_coef`"),
+            ("teacher_kl_on", has_kl_after or not has_kl, "a divergence after distillation, which has it everywhere"),
+            ("alpha teacher_credit teacher_kl_coef teacher_kl_coef_final", not only_distils, "any training after "
+             "distillation: `distillation_fraction=1.0`"),
+            ("teacher_top_k", not has_kl or self.teacher_kl == "forward", '`teacher_kl="forward"`'),
+            ("teacher_log_ratio_clip", grades, "a term in which the teacher grades a sampled token"),
+            ("on_teacher_failure", self.teacher_server_urls is not None, "`teacher_server_urls`"),
+        )  # fmt: skip
+        defaults = {each.name: each.default for each in fields(self)} | ({"alpha": 1.0} if self.alpha == 1.0 else {})
+        for names, is_there, what in reasons:
+            idle = [name for name in names.split() if getattr(self, name) != defaults[name]]
+            if idle and not is_there:
+                self._warn(f"`{'`, `'.join(idle)}` has no effect without {what}.", stacklevel=6)
+
     @staticmethod
-    def _warn(message):
-        warnings.warn(message, stacklevel=5)  # at the line that makes the configuration
+    def _warn(message, stacklevel=5):
+        warnings.warn(message, stacklevel=stacklevel)  # at the line that makes the configuration
 
     @property
     def teacher_servers(self) -> dict[str, list[str]]:

@@ -96,20 +96,22 @@ class RolloutLog(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.is_in_table = False  # whether TRL's table has the rows of this generation batch, and not an evaluation's
         self._forget()
 
     def _forget(self):
         # All by the row in the generation batch of all processes
-        self.rewards: dict[int, float] = {}  # of the chosen ones
+        self.rewards: dict[int, float | None] = {}  # of the chosen ones
         self.log_ratios: dict[int, float | None] = {}  # means of all
         self.records: dict[int, dict] = {}  # of the chosen ones
 
     def choose(self, batch: dict, rewards: torch.Tensor) -> dict:
         """Number the rows of a generation batch, `rollout`, and choose what is to be kept. `rewards` are of shape
         `(B,)`."""
-        self._forget()
-        if not self.trainer.model.training:  # its rows are in TRL's table now, which has no place for others
+        self.is_in_table = self.trainer.model.training
+        if not self.is_in_table:
             return batch
+        self._forget()
         advantages = batch["advantages"].reshape(len(rewards), -1)
         numbers = torch.arange(len(rewards), device=advantages.device)
         numbers += len(rewards) * self.trainer.accelerator.process_index
@@ -117,7 +119,7 @@ class RolloutLog(TrainerCallback):
             groups = numbers // self.trainer.num_generations
             with_signal = groups[(advantages != 0).any(1)].unique().tolist()[:GROUPS]
             rows = [row for row, group in enumerate(groups.tolist()) if group in with_signal]
-            self.rewards = {int(numbers[row]): float(rewards[row]) for row in rows}
+            self.rewards = {int(numbers[row]): _known(float(rewards[row])) for row in rows}
         return {**batch, "rollout": numbers}
 
     def record(self, per_token_logps: torch.Tensor, causes: dict[str, torch.Tensor], batch: dict):
@@ -164,7 +166,7 @@ class RolloutLog(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.trainer.fill_column("teacher_log_ratio", self.log_ratios)
+        self.trainer.fill_column("teacher_log_ratio", self.log_ratios if self.is_in_table else {})
         if self.records:
             path = Path(args.output_dir, FOLDER, f"{FOLDER}_{state.global_step:05d}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def read_rollouts(path: str | Path) -> list[dict]:
     for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
         try:
             records += _read(file)
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, TypeError, ValueError, pa.ArrowException) as error:
             warnings.warn(f"{file} isn't a whole file of rollouts, so it is passed over: {error}", stacklevel=2)
     return records
 
@@ -188,16 +190,16 @@ def _read(file: Path) -> list[dict]:
     table, types = pq.read_table(file), TYPES | {"clipped": pa.list_(pa.int64())}
     if missing := TYPES.keys() - set(table.column_names):
         raise ValueError(f"it has no column {sorted(missing)[0]}")
-    records = table.cast(
-        pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
-    ).to_pylist()
+    schema = pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
+    records = table.cast(schema).to_pylist()
     for record in records:
-        lists = [
-            record[name] for name in ("tokens", "logps", "teacher_logps", "clipped") if record.get(name) is not None
-        ]
-        values = [record[name] for name in TYPES if name != "teacher_logps"]
-        if None in [*values, *record["tokens"], *record["logps"]] or len(set(map(len, lists))) > 1:
-            raise ValueError("not every token has its values")
-        if not set(record.get("clipped") or ()) <= set(range(len(CLIPPED))):
-            raise ValueError("its column clipped has other values")
+        length = len(record["tokens"])
+        clipped, teacher_logps = (record.get(name) or [None] * length for name in ("clipped", "teacher_logps"))
+        lengths = {length, len(record["logps"]), len(teacher_logps), len(clipped)}
+        logps = record["logps"] + [x for x in teacher_logps if x is not None]
+        values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
+        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"]]
+        kinds = {None, *range(len(CLIPPED))}
+        if not is_whole or not all(x <= 1.0 for x in logps) or not set(clipped) <= kinds:
+            raise ValueError("not every token has what belongs to it")
     return records

@@ -1,6 +1,5 @@
 """When the teacher is asked, what of it goes into the batch and into the loss, and what is logged."""
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from statistics import mean
 
@@ -11,6 +10,7 @@ from accelerate.utils import is_peft_model
 from ._trl.loss_call import loss_is_patched
 from ._trl.names import CLIPPED_LOSS_TYPES, loss_mask
 from ._trl.seam import Guide, Rollouts
+from .columns import IN_BATCH, check_prompts, read_weights
 from .evaluation import pass_at_k
 from .lm_head import LMHead
 from .objective.clipping import Clipping
@@ -85,7 +85,7 @@ class TeacherGuide(Guide):
             has_kl = batch["teacher_kl_on"] | terms.distilling
             wanted = wanted | has_kl.unsqueeze(1)
         if any("teacher_weight" in row for row in rows):
-            weights = read_weights([row.get("teacher_weight") for row in rows])
+            weights = read_weights([row.get("teacher_weight") for row in rows], IN_BATCH)
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
         prompts = self._prompts if self.scorer.has_begun else self.teacher_prompts(rows)
@@ -158,6 +158,7 @@ class TeacherGuide(Guide):
     def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
         """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
         given = [row.get("teacher_prompt") for row in rows]
+        check_prompts(given, IN_BATCH)
         if not any(given):
             return None
         # TRL tokenizes one prompt for each row
@@ -171,12 +172,11 @@ class TeacherGuide(Guide):
         if self.terms.kl_on == "all":
             return trainer.of_this_process(torch.ones_like(rewards, dtype=torch.bool))
         self._warn_without_success(rewards)
-        # What no reward function can judge hasn't failed
-        has_failed = ~(rewards > trainer.args.success_reward) & ~rewards_per_func.isnan().all(1)
-        return trainer.of_this_process(has_failed)
+        # What no reward function can judge is NaN, and hasn't failed
+        return trainer.of_this_process(rewards <= trainer.args.success_reward)
 
     def _warn_without_success(self, rewards):
-        highest, bound = rewards.max().item(), self.trainer.args.success_reward
+        highest, bound = rewards.nan_to_num(-float("inf")).max().item(), self.trainer.args.success_reward
         if highest > bound:
             self._batches_without_success = -float("inf")  # never again
         self._batches_without_success += 1
@@ -228,15 +228,3 @@ class TeacherGuide(Guide):
 def select_named(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """What the teacher names at the tokens of `mask`, `(N, k)`: `parts` has it for all tokens of each row, or none."""
     return torch.cat([part if is_on else part[:0] for part, is_on in zip(parts, mask.any(1).tolist(), strict=True)])
-
-
-def read_weights(values: Iterable[float | None]) -> torch.Tensor:
-    """The column `teacher_weight`, `float32`, 1 where it is `None`. Raises a `ValueError` if it leaves `[0, 1]`."""
-    weights = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float32)
-    if not ((weights >= 0.0) & (weights <= 1.0)).all():
-        wrong = weights[~((weights >= 0.0) & (weights <= 1.0))][0].item()
-        raise ValueError(
-            "The dataset's column `teacher_weight` must be in [0, 1] (0: GRPO, 1: the teacher in full), but has "
-            f"{wrong}."
-        )
-    return weights

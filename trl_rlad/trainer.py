@@ -2,7 +2,6 @@
 
 import inspect
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -16,13 +15,15 @@ from transformers import PreTrainedModel
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
 from .checkpoints import RunRecord, describe_settings, last_checkpoint
+from .columns import NAMES, check_prompts, number_teachers, read_weights
 from .config import RLADConfig
 from .model_card import write_model_card
 from .rollouts import RolloutLog
-from .scoring import RowScorer, ServedRowScorer, TeacherScorer, number_teachers
+from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
-from .teacher_guide import TeacherGuide, read_weights
-from .teachers import TokenContract, create_teacher
+from .teacher_guide import TeacherGuide
+from .teachers import TokenContract, check_settings_of_servers, create_teacher
+from .teachers.contract import PROMPTS_TO_MEASURE
 
 
 logger = get_logger(__name__)
@@ -55,7 +56,7 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     Args:
         model, reward_funcs:
-            As in [`~trl.GRPOTrainer`].
+            As in [`~trl.GRPOTrainer`]. With `distillation_fraction=1.0` no `reward_funcs` are needed.
         args ([`RLADConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         *grpo_args, **grpo_kwargs:
@@ -90,7 +91,7 @@ class RLADTrainer(GuidedGRPOTrainer):
             }"""),
     }
 
-    own_columns = ("teacher_id", "teacher_prompt", "teacher_weight")
+    own_columns = NAMES
     # What `trl-rlad probe` puts in the place of training and evaluation
     stand_in: Any = None
 
@@ -108,7 +109,8 @@ class RLADTrainer(GuidedGRPOTrainer):
             args = RLADConfig(f"{model_name.split('/')[-1]}-RLAD")
         teachers = check_arguments(model, args, teacher_model, grpo_kwargs)
         check_ranks(args, teachers)
-        super().__init__(model, reward_funcs, args, *grpo_args, **grpo_kwargs)
+        rewards: Any = reward_funcs or (no_reward if args.distillation_fraction == 1.0 else None)
+        super().__init__(model, rewards, args, *grpo_args, **grpo_kwargs)
 
         self._check_data(teachers)
         self.teacher_scorer: Any = self._create_scorer(teachers) if teachers else None
@@ -135,20 +137,33 @@ class RLADTrainer(GuidedGRPOTrainer):
         return super().evaluate(*args, **kwargs)
 
     def _check_data(self, teachers):
-        """Refuses datasets with a row of no teacher or a wrong weight. Streams are checked as they come."""
-        is_routed = bool(teachers) and "" not in teachers
+        """Refuses datasets with a column of ours that can't be read. Streams are checked as they come."""
+        makes_prompts = self.rollout_func is not None or self.environment_factories is not None
         for dataset in self._datasets():
+            columns = getattr(dataset, "column_names", None) or ()
+            if "teacher_prompt" in columns and makes_prompts:
+                logger.warning(
+                    "A row with a `teacher_prompt` has its teacher read that as it stands: nothing of what a "
+                    "`rollout_func` or the `reset` of an environment has made of the prompt is added."
+                )
             if not isinstance(dataset, Dataset):
                 continue
-            if "teacher_weight" in dataset.column_names:
+            if "teacher_weight" in columns:
                 read_weights(dataset["teacher_weight"])
-            if is_routed:
-                check_teacher_ids(dataset, teachers)
-            elif teachers and "teacher_id" in dataset.column_names:
+            if "teacher_prompt" in columns:
+                check_prompts(dataset.select_columns("teacher_prompt")[:PROMPTS_TO_MEASURE]["teacher_prompt"])
+            if "teacher_id" in columns and "" in teachers:
                 logger.warning(
                     "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass "
                     "`teacher_model` as a dictionary of them by name."
                 )
+            elif teachers and "" not in teachers:
+                if "teacher_id" not in columns:
+                    raise ValueError(
+                        "There are several teachers by name, so each row of the dataset needs the name of its own in "
+                        f"a column `teacher_id`. The columns are {', '.join(columns)}."
+                    )
+                number_teachers(dataset["teacher_id"], teachers)
 
     def _datasets(self) -> list:
         """What is trained and evaluated on."""
@@ -161,8 +176,7 @@ class RLADTrainer(GuidedGRPOTrainer):
                 "VESPO weights a completion by the sum of its log-ratios. With `alpha < 1` the teacher's part of that "
                 "sum grows with the length and mutes long completions. The paper's choice is `loss_type='grpo'`."
             )
-        # Several teachers that are adapters of one base share it
-        bases: WeakValueDictionary | None = None if "" in teachers else WeakValueDictionary()
+        bases: WeakValueDictionary = WeakValueDictionary()  # which several teachers share that are adapters of it
         scorers = {}
         for name, teacher_model in teachers.items():
             try:
@@ -196,6 +210,11 @@ class RLADTrainer(GuidedGRPOTrainer):
                 self.hub_model_id,
                 self._paper,
             )
+
+
+def no_reward(completions, **kwargs) -> list[float]:
+    """What TRL is given where the student only imitates, as it asks for some reward."""
+    return [0.0] * len(completions)
 
 
 def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +261,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             "or name its server in `teacher_server_urls`, or set `alpha=1.0` without a `teacher_kl_coef` or "
             "`distillation_fraction` to train with GRPO."
         )
+    if servers.keys() >= teachers.keys():
+        check_settings_of_servers(args)
     if any(_share_weights(model, each) for each in teachers.values()):
         raise ValueError(
             "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
@@ -258,16 +279,6 @@ def check_ranks(args: RLADConfig, teachers: dict[str, Any]):
     }
     lengths = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
     check_agreement({"teacher_model": names, **lengths, **describe_settings(args)}, args.ddp_timeout)
-
-
-def check_teacher_ids(dataset: Dataset, teachers: Iterable[str]):
-    """Raises a `ValueError` if a row of a dataset has none of these teachers."""
-    if "teacher_id" not in dataset.column_names:
-        raise ValueError(
-            "There are several teachers by name, so each row of the dataset needs the name of its own in "
-            f"a column `teacher_id`. The columns are {', '.join(dataset.column_names)}."
-        )
-    number_teachers(dataset.unique("teacher_id"), teachers)
 
 
 def check_writable(folder: str):

@@ -194,8 +194,9 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         return self._is_vlm
 
     def total_reward(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
-        """Rewards `(B,)` of all processes, the weighted sums of the reward functions'."""
-        return (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
+        """Rewards `(B,)` of all processes, the weighted sums of the reward functions'. NaN where none can judge."""
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func)).nansum(1)
+        return rewards.masked_fill(rewards_per_func.isnan().all(1), float("nan"))
 
     def of_this_process(self, values: torch.Tensor) -> torch.Tensor:
         """This process's rows of values of all processes."""

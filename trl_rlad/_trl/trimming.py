@@ -1,14 +1,20 @@
 """The student's passes without the padding of the generation batch, with or without a teacher: `trim_padding`."""
 
+from functools import cached_property
 from math import gcd
 
 import torch
+from accelerate.logging import get_logger
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from ..packing import micro_batches
+from ..trials import made_up_tokens, rotates_by_length, tolerance
 from .names import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 from .padding import merge, select, trim
+
+
+logger = get_logger(__name__)
 
 
 class TrimmingGRPOTrainer(GRPOTrainer):
@@ -18,7 +24,7 @@ class TrimmingGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.args.trim_padding and self._buffered_inputs is not before:
+        if self._buffered_inputs is not before and self._trims:
             steps = self.args.steps_per_generation
             batch = merge([split_pixel_values_by_grid(micro_batch) for micro_batch in self._buffered_inputs])
             size = len(batch["advantages"]) // steps
@@ -26,6 +32,34 @@ class TrimmingGRPOTrainer(GRPOTrainer):
             self._buffered_inputs = self._cut(batch, size, window)
             inputs = self._buffered_inputs[self._step % steps]
         return inputs
+
+    @cached_property
+    @torch.no_grad()
+    def _trims(self):
+        """Whether the student runs without padding. It is tried when the first rollouts are there, as a sharded
+        student can't run before training has begun."""
+        if not self.args.trim_padding:
+            return False
+        model, device, was_training = self.model, self.accelerator.device, self.model.training
+        student = self.accelerator.unwrap_model(model)
+        bound, tokens = tolerance(student, self.accelerator), made_up_tokens(9, student.config)
+
+        def score(left, right):
+            ids, mask = (pad(x, (left, right))[None].to(device) for x in (tokens, torch.ones_like(tokens)))
+            return super(TrimmingGRPOTrainer, self)._get_per_token_logps_and_entropies(model, ids, mask, 4 + right)[0]
+
+        model.eval()
+        try:
+            differs = not (score(9, 3)[:, :4] - score(0, 0)).abs().mean() <= bound
+            differs = differs or rotates_by_length(model, student.config, float("inf"), bound, device)
+        finally:
+            model.train(was_training)
+        if differs:
+            logger.warning(
+                "`trim_padding` is off: what this student makes of a row depends on the padding beside it, so that "
+                "the old policy and the new one could only be compared at the same width. With padding, TRL does so."
+            )
+        return not differs
 
     @property
     def _order_is_free(self):
@@ -36,7 +70,19 @@ class TrimmingGRPOTrainer(GRPOTrainer):
             or self._entropy_bonus_enabled
             or self.top_entropy_quantile < 1.0
             or self.aux_loss_enabled
+            or self._has_own_loss
         )
+
+    @property
+    def _has_own_loss(self):
+        """Whether a subclass, a mixin or a patch has a loss of which nothing is known here."""
+        losses = [
+            vars(owner)[name]
+            for owner in (self, *type(self).__mro__)
+            for name in ("compute_loss", "_compute_loss")
+            if name in vars(owner)
+        ]
+        return any(loss.__module__.partition(".")[0] not in ("transformers", "trl", "trl_rlad") for loss in losses)
 
     def _cut(self, batch, size, window):
         """Micro-batches of `size` rows of similar lengths, each without the padding of the others."""
@@ -47,7 +93,7 @@ class TrimmingGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         # TRL names a `batch_size` where it needs no gradient: for the log-probabilities of the old policy and the
         # reference
-        if self.args.trim_padding and kwargs.get("batch_size") is not None:
+        if kwargs.get("batch_size") is not None and self._trims:
             return self._student_logps(model, *args, **kwargs)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 

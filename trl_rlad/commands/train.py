@@ -69,11 +69,14 @@ def main(arguments: list[str]):
     if not of_launcher and not has_config and num_gpus <= 1:
         run_command(lambda arguments: train.prepare(arguments, is_launched=True), train.run, of_script)
     if not has_config:  # what accelerate would choose, and warn that it did
-        of_launcher = f"--num_processes {max(num_gpus, 1)} --num_machines 1".split() + of_launcher
-        of_launcher = "--mixed_precision no --dynamo_backend no".split() + of_launcher
+        defaults = f"--num_processes {max(num_gpus, 1)} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        of_launcher = defaults.split() + (of_launcher or ["--multi_gpu"])
     launch = [*of_launcher, "--quiet", "--module", train.__name__, *of_script]
+    args = launch_command_parser().parse_args(launch)
+    if not has_config and num_gpus == 0 and args.num_processes > 1:  # accelerate would start one
+        parser.error(f"{args.num_processes} processes without GPUs need a configuration: --accelerate_config zero3")
     try:
-        launch_command(launch_command_parser().parse_args(launch))
+        launch_command(args)
     except ChildFailedError as error:  # the processes have said why
         print(error, file=sys.stderr)
         raise SystemExit(1) from None

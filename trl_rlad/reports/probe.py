@@ -47,9 +47,9 @@ def report(
     Args:
         rollouts (`list[dict]`):
             A record for each completion, see [`~trl_rlad.rollouts.describe_rollouts`]: `group` (number of its prompt),
-            `reward`, `advantage`, `ids`, `logps` and `teacher_logps` (in nats at each token, `None` where the teacher
-            has no say), and if known `top1` (whether the token is the teacher's likeliest) and `entropy` (the
-            teacher's, in nats).
+            `reward` (`None` where none can judge: neither a success nor a failure), `advantage`, `ids`, `logps` and
+            `teacher_logps` (in nats at each token, `None` where the teacher has no say), and if known `top1` (whether
+            the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward is higher.
         clip (`float`, *optional*, defaults to `1.0`):
@@ -117,12 +117,13 @@ def _sum_group(
         values = [value for value in values if value is not None]
         sums[name] = float(sum(values)), float(len(values))
 
-    rewards = [rollout["reward"] for rollout in group]
-    wins, k = sum(reward > success_reward for reward in rewards), len(group)
-    add("mean@1", [reward > success_reward for reward in rewards])
-    add("pass@k", [pass_at_k(k, wins, k)])
-    add("signal", [len(set(rewards)) > 1])
-    add("all_failed", [wins == 0])
+    rewards, k = [rollout["reward"] for rollout in group], len(group)
+    judged = [reward for reward in rewards if reward is not None]
+    wins = sum(reward > success_reward for reward in judged)
+    add("mean@1", [reward > success_reward for reward in judged])
+    add("pass@k", [pass_at_k(k, wins, k)] if len(judged) == k else [])
+    add("signal", [len(set(judged)) > 1])
+    add("all_failed", [wins == 0] if judged else [])
 
     gaps = [log_ratios(rollout) for rollout in group]
     known = [[x for x in row if x is not None] for row in gaps]
@@ -149,13 +150,13 @@ def _sum_group(
     for name, scores in means.items():
         pairs = [
             (i, j) if rewards[i] > rewards[j] else (j, i)
-            for i, j in combinations(range(k), 2)
+            for i, j in combinations([i for i in range(k) if rewards[i] is not None], 2)
             if rewards[i] != rewards[j]
         ]
         add(name, [_is_lower(scores[j], scores[i]) for i, j in pairs if None not in (scores[i], scores[j])])
 
     for name, has_succeeded in (("failed", False), ("succeeded", True)):
-        rows = [rollout for rollout in group if (rollout["reward"] > success_reward) == has_succeeded]
+        rows = [row for row in group if row["reward"] in judged and (row["reward"] > success_reward) == has_succeeded]
         add(f"contradicted_{name}", [any(map(_contradicts, row["logps"], row["teacher_logps"])) for row in rows])
     for name in ("top1", "entropy"):
         add(name, [value for rollout in group for value in rollout.get(name, [])])
@@ -236,13 +237,11 @@ def recommend(figures: dict) -> dict[str, str]:
             )
             if names:
                 advice["in the loss"] += ", and is believed where it is right"
-                advice["settings"] += ", and a column teacher_weight (examples/rlad_grpo.py --teacher_samples 4)"
+                advice["settings"] += ", and a column teacher_weight (trl-rlad train --teacher_samples 4)"
     if rescues is None:
         advice["before"] = "unknown: ask with --sample_teacher"
     elif rescues >= 1 / 4:
-        advice["before"] = (
-            "offline distillation of its right answers (examples/offline_distillation.py); then probe again"
-        )
+        advice["before"] = "offline distillation of its right answers (trl-rlad distil); then probe again"
         evidence.append(
             f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was "
             f"best in {offline['best_in']} of {offline['settings']} settings of the study, by "

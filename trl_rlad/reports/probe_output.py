@@ -21,7 +21,8 @@ def write_picture(rollouts: list[dict], figures: dict, path: Path):
     gaps: dict[bool, list[float]] = {True: [], False: []}
     for rollout in rollouts:
         known = [min(max(x, -END), END) for x in log_ratios(rollout) if x is not None]
-        gaps[rollout["reward"] > figures["success_reward"]] += known
+        if rollout["reward"] is not None:
+            gaps[rollout["reward"] > figures["success_reward"]] += known
     labels = ["tokens of successes", "tokens of failures"]
     axes[0].hist(
         list(gaps.values()), bins=40, range=(-END, END), log=True, histtype="step", linewidth=1.5, label=labels

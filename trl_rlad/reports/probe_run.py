@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -121,12 +122,29 @@ class _SuccessGuide(Guide):
 
     def __init__(self, trainer: RLADTrainer):
         self.trainer = trainer
-        self.successes: list[bool] = []
+        self.successes: list[bool | None] = []  # `None` where none can judge
 
     def finish(self, batch, rewards_per_func, rows):
-        rewards = self.trainer.total_reward(rewards_per_func)
-        self.successes += (rewards > self.trainer.args.success_reward).tolist()
+        bound = self.trainer.args.success_reward
+        rewards = self.trainer.total_reward(rewards_per_func).tolist()
+        self.successes += [None if reward != reward else reward > bound for reward in rewards]
         return batch
+
+
+@contextmanager
+def _sampling_from(trainer: RLADTrainer, teacher: Any) -> Iterator[None]:
+    """Have the trainer's rollouts be a whole teacher's, which ends them as it is used to."""
+    config, ends, tokenizer = trainer.generation_config, teacher.eos_token_ids, trainer.tokenizer
+    before = trainer.model_wrapped, trainer.eos_token_ids, config.eos_token_id, config.suppress_tokens
+    # A padded vocabulary has more rows than the student knows
+    beyond = set(range(max(tokenizer.get_vocab().values()) + 1, teacher.vocab_size)) - ends
+    trainer.model_wrapped = teacher.model  # what TRL samples from
+    trainer.eos_token_ids = config.eos_token_id = sorted(ends)
+    config.suppress_tokens = sorted(beyond.union(config.suppress_tokens or ())) or None
+    try:
+        yield
+    finally:
+        trainer.model_wrapped, trainer.eos_token_ids, config.eos_token_id, config.suppress_tokens = before
 
 
 class Probe:
@@ -166,24 +184,26 @@ class Probe:
             raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
         if trainer.use_vllm:
             raise ValueError(
-                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `examples/evaluate.py`."
+                "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `trl-rlad evaluate`."
             )
         (teacher,) = teachers
-        # A padded vocabulary has more rows than the student knows
-        beyond = list(range(max(trainer.tokenizer.get_vocab().values()) + 1, teacher.vocab_size))
-        student, suppressed = trainer.model_wrapped, trainer.generation_config.suppress_tokens
-        with teacher.placed():
-            trainer.model_wrapped = teacher.model  # what TRL samples from
-            trainer.generation_config.suppress_tokens = beyond or None
+        texts = (trainer.tokenizer.decode([id], skip_special_tokens=True) for id in sorted(teacher.eos_token_ids))
+        if visible := list(filter(None, texts)):
+            raise ValueError(
+                f"The teacher ends its answers with {visible[0]!r}, an ordinary token in the student's tokenizer, so "
+                "the reward would read it. Sample the teacher with `examples/evaluate.py`."
+            )
+        with teacher.placed(), _sampling_from(trainer, teacher):
             num_groups = self._predict(num_prompts, guide)
-        trainer.model_wrapped, trainer.generation_config.suppress_tokens = student, suppressed
         k = trainer.num_generations
-        successes = guide.successes[: num_groups * k]
-        solved = {each["group"] for each in self.rollouts if each["reward"] > trainer.args.success_reward}
-        unsolved = [any(successes[i : i + k]) for i in range(0, len(successes), k) if i // k not in solved]
+        bound, successes = trainer.args.success_reward, guide.successes[: num_groups * k]
+        solved = {each["group"] for each in self.rollouts if each["reward"] is not None and each["reward"] > bound}
+        groups = {group: successes[k * group : k * (group + 1)] for group in range(num_groups) if group not in solved}
+        rescues = [any(group) for group in groups.values() if any(success is not None for success in group)]
+        judged = [success for success in successes if success is not None]
         return {
-            "teacher_accuracy": sum(successes) / len(successes),
-            "teacher_rescues": sum(unsolved) / len(unsolved) if unsolved else float("nan"),
+            "teacher_accuracy": sum(judged) / len(judged) if judged else float("nan"),
+            "teacher_rescues": sum(rescues) / len(rescues) if rescues else float("nan"),
         }
 
     def _predict(self, num_prompts, guide):

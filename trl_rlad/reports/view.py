@@ -116,8 +116,9 @@ def _card(is_open, change, name, key, records):
     for _, same in groupby(records, key=lambda record: (-record["advantage"], record["tokens"])):
         record, *others = same
         gaps = [x for x in log_ratios(record) if x is not None]
+        reward = "not judged" if record["reward"] is None else f"reward {record['reward']:g}"
         side = "up" if record["advantage"] > 0 else "down" if record["advantage"] < 0 else ""
-        facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · reward {record["reward"]:g}']
+        facts = [f'<span class="{side}">A = {record["advantage"]:+.2f}</span> · {reward}']
         facts += [f"{1 + len(others)} times the same"] if others else []
         facts.append(f"mean {mean(gaps):+z.2f}" if gaps else "not read by the teacher")
         clipped = record.get("clipped") or []

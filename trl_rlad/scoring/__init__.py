@@ -9,5 +9,5 @@ From rollouts to the teacher's log-probabilities, and back.
 """
 
 from .row_scorer import RowScorer
-from .scorer import TeacherScorer, number_teachers
+from .scorer import TeacherScorer
 from .served import ServedRowScorer

@@ -109,6 +109,7 @@ class RowScorer:
     def _score_here(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         """Score rows in this process, in micro-batches."""
         groups = self._group(rows)
+        budget = self.tokens_per_batch if self.teacher.mixes_rows else 1  # which no two rows fit into
         alone: dict[tuple, list[int]] = {}
         for group in groups:
             if len(group) == 1:
@@ -117,7 +118,7 @@ class RowScorer:
         text_batches: list[list[int]] = []
         for shapes, items in alone.items():
             batches = image_batches if shapes else text_batches
-            batches += _pick(items, cut([len(rows[i]) for i in items], self.tokens_per_batch))
+            batches += _pick(items, cut([len(rows[i]) for i in items], budget))
         for group in groups:
             if len(group) > 1:
                 completion_lengths = [len(rows[i].completion) for i in group]

@@ -1,6 +1,6 @@
 """From a padded rollout batch to its teachers' log-probabilities, and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,28 +8,12 @@ import torch
 from transformers import TrainerCallback
 
 from .._trl.names import split_images
+from ..columns import IN_BATCH, number_teachers
 from ..objective.teacher_kl import named_entropy
 from ..teachers import Teacher
 from .row_scorer import RowScorer
 from .rows import Row, make_row, unpad
 from .watchdog import barrier_group, time_limit
-
-
-def number_teachers(teacher_ids: Iterable[str | None], names: Iterable[str]) -> torch.Tensor:
-    """
-    Numbers, among `names`, of the teachers that rows have in their column `teacher_id`, `int64`.
-
-    Raises:
-        `ValueError`: if one of them is no teacher.
-    """
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
-    teacher_ids = list(teacher_ids)
-    if unknown := set(teacher_ids) - numbers.keys():
-        raise ValueError(
-            f"The dataset's column `teacher_id` has {min(map(repr, unknown))}, which is no teacher. They are "
-            f"{', '.join(map(repr, numbers))}."
-        )
-    return torch.tensor([numbers[name] for name in teacher_ids], dtype=torch.long)
 
 
 class TeacherScorer(TrainerCallback):
@@ -243,9 +227,9 @@ class TeacherScorer(TrainerCallback):
 
     def _number(self, teacher_ids, size) -> torch.Tensor:
         """The number of each row's teacher among `scorers`, `int64` of shape `(B,)`."""
-        return (
-            torch.zeros(size, dtype=torch.long) if teacher_ids is None else number_teachers(teacher_ids, self.scorers)
-        )
+        if teacher_ids is None:
+            return torch.zeros(size, dtype=torch.long)
+        return number_teachers(teacher_ids, self.scorers, IN_BATCH)
 
     def _by_scorer(self, rows, numbers) -> list[tuple[RowScorer, dict[int, Row]]]:
         """The rows of each scorer, by their places in the batch."""

@@ -45,6 +45,7 @@ class ServedRowScorer(RowScorer):
 
     def release(self):
         self._call_back()
+        self.teacher.release()
 
     def _call_back(self):
         for future in self._sent.values():

@@ -43,7 +43,7 @@ class _BriefFormatter(ArgumentDefaultsHelpFormatter):
         return action.option_strings[0] + value
 
     def _get_help_string(self, action):
-        text = re.split(r"(?<=[a-z`)]\.) ", action.help or "")[0].replace("%", "%%")
+        text = re.split(r"(?<=[\w`)]\.) (?=[A-Z`\"])", action.help or "")[0].replace("%", "%%")
         return text if action.default in (None, SUPPRESS) else f"{text} (default: %(default)s)"
 
 
@@ -76,7 +76,7 @@ class Parser(TrlParser):
 
     def format_help(self) -> str:
         by_name = {action.dest: action for action in reversed(self._actions)}
-        formatter = _BriefFormatter(self.prog, max_help_position=40)
+        formatter = _BriefFormatter(self.prog, max_help_position=34)
         parts = [self.format_usage(), self.about, ""]
         for title, names in self.groups.items():
             formatter.start_section(title)

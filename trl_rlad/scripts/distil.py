@@ -1,4 +1,4 @@
-"""
+r"""
 The offline baseline: a teacher answers the training puzzles, and the student imitates its right answers.
 
 Without arguments: knights and knaves in miniature, offline, with the two small models that come along.
@@ -288,12 +288,12 @@ def run(script_args: ScriptArguments, args: Any, model_args: ModelConfig, task: 
     except KeyboardInterrupt:
         print(f"\n{how_to_go_on(args.output_dir)}", flush=True)
         raise SystemExit(130) from None
-    trainer.save_model()  # before all that could be interrupted
     model: Any = trainer.model
     after = evaluate(model, task, num_samples=1, **sampling)
     print(f"Accuracy on {len(task.eval_dataset)} held-out puzzles:")
     for difficulty, scores in before.items():
         print(f"  {difficulty:>8}  {scores['mean@1']:6.1%} -> {after[difficulty]['mean@1']:6.1%}", flush=True)
+    trainer.save_model()
     print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -1,4 +1,4 @@
-"""
+r"""
 Measure a model on held-out puzzles: Mean@n, the mean accuracy of n samples per puzzle, and Pass@k, the probability
 that at least one of k samples is right.
 

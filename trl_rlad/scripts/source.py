@@ -75,13 +75,19 @@ def load_source(script_args, args, dataset_args: DatasetMixtureConfig, tokenizer
         rewards = [task.reward, task.accuracy]  # the accuracy is only logged
         return Source(task.train_dataset, task.eval_dataset, rewards, task, ["accuracy"])
     reward_funcs = load_reward_funcs(script_args.reward_model_name_or_path, script_args.reward_funcs)
+    if not reward_funcs and args.distillation_fraction < 1.0:
+        raise ValueError(
+            "A dataset needs rewards: name `--reward_funcs`, such as accuracy_reward, or a "
+            "`--reward_model_name_or_path`. Only `--distillation_fraction 1.0` needs none."
+        )
     splits = get_dataset(dataset_args) if dataset_args.datasets else load_splits(script_args)
     train = take_split(splits, script_args.dataset_train_split, "dataset_train_split")
     held_out = None
     if args.eval_strategy != "no":
         held_out = take_split(splits, script_args.dataset_test_split, "dataset_test_split")
     task = None
-    if isinstance(train, Dataset) and all(callable(f) and not is_async_callable(f) for f in reward_funcs):
+    can_judge = bool(reward_funcs) and all(callable(f) and not is_async_callable(f) for f in reward_funcs)
+    if isinstance(train, Dataset) and can_judge:
         reward = judge(reward_funcs, args.reward_weights, args.success_reward, tokenizer)
         task = Task(train, held_out, reward)
     return Source(train, held_out, reward_funcs, task)
@@ -107,11 +113,6 @@ def load_reward_funcs(model: str | None, names: list[str] | None) -> list:
             raise ValueError(f"`--reward_funcs {name}`: {error}.") from error
         finally:
             sys.path.remove(os.getcwd())
-    if not found:
-        raise ValueError(
-            "A dataset needs rewards: name `--reward_funcs`, such as accuracy_reward, or a "
-            "`--reward_model_name_or_path`."
-        )
     return found
 
 
@@ -119,7 +120,7 @@ def load_splits(script_args):
     """The splits of a dataset by its name on the Hub, or its folder or file."""
     path, settings = Path(script_args.dataset_name), {"streaming": script_args.dataset_streaming}
     if path.is_file():
-        return load_dataset(str(path.parent), data_files=path.name, **settings)
+        return load_dataset(str(path.absolute().parent), data_files=path.name, **settings)
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, **settings)
 
 

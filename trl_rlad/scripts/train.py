@@ -1,4 +1,4 @@
-"""
+r"""
 Train a student with reinforcement learning while a teacher guides it: TRL's `grpo` script, with a teacher.
 
 Without arguments: knights and knaves in miniature, offline, with the two small models that come along. It takes a few
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
@@ -130,7 +131,8 @@ class ProgressLine(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "reward" in logs:
-            self.training_bar.set_postfix({k: f"{logs[name]:.2f}" for k, name in self.SHOWN.items() if name in logs})
+            values = {short: logs.get(name) for short, name in self.SHOWN.items()}
+            self.training_bar.set_postfix({k: f"{value:.2f}" for k, value in values.items() if value is not None})
 
     def on_prediction_step(self, *args, **kwargs):
         pass
@@ -209,21 +211,24 @@ def describe(trainer: RLADTrainer, source: Source) -> str:
     """What was found, in five lines."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     kind = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else ""
-    device = [str(args.device), f"{trainer.accelerator.num_processes} process(es)", kind, "bf16" if args.bf16 else ""]
+    count = trainer.accelerator.num_processes
+    gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
+    device = [gpu, f"{count} process{'' if count == 1 else 'es'}", kind, "bf16" if args.bf16 else ""]
     teachers = []
-    for name, scorer in (trainer.teacher_scorer.scorers if trainer.teacher_scorer else {}).items():
-        teacher, urls = scorer.teacher, args.teacher_servers.get(name)
+    for key, scorer in (trainer.teacher_scorer.scorers if trainer.teacher_scorer else {}).items():
+        teacher, urls = scorer.teacher, args.teacher_servers.get(key)
         place = f"at {', '.join(urls)}" if urls else "whole on each process"
         place = "sharded over all processes" if teacher.is_sharded else place
         place += ", on the CPU while it doesn't score" if args.teacher_offload == "cpu" else ""
-        teachers.append(f"{name and f'{name}: '}{teacher.name}, {place}, {scorer.tokens_per_batch:,} tokens at once")
+        teachers.append(f"{key and f'{key}: '}{teacher.name}, {place}, {scorer.tokens_per_batch:,} tokens at once")
     prompts = f"{len(source.train_dataset):,} prompts" if hasattr(source.train_dataset, "__len__") else "a stream"
     rewards = ", ".join(trainer.reward_func_names)
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # sharded or not
+    name = get_config_model_id(model.config)
     trained = f"trains {sum(n for n, is_trained in sizes if is_trained):,} of {sum(n for n, _ in sizes):,} parameters"
     lines = {
         "device": ", ".join(filter(None, device)),
-        "student": f"{get_config_model_id(model.config)}, {trained}",
+        "student": f"{Path(name).name if Path(name).is_dir() else name}, {trained}",
         "teacher": "; ".join(teachers) or "none",
         "method": name_method(args),
         "data": f"{prompts} with {trainer.num_generations} completions each; rewards: {rewards}",
@@ -324,20 +329,23 @@ def run(trainer: RLADTrainer, source: Source, script_args: ScriptArguments, chec
         if is_main:
             print(f"\n{how_to_go_on(folder)}", flush=True)
         raise SystemExit(130) from None
-    trainer.save_model()  # before all that could be interrupted
-    after = measure(trainer, source)
+    try:
+        after = measure(trainer, source)
+    except KeyboardInterrupt:
+        after = {}
     logs = [log for log in trainer.state.log_history if "reward" in log]
     rewards = [log["reward"] for log in logs]
     if is_main:
         if after:
             print(f"Accuracy on {len(source.eval_dataset)} held-out puzzles:" if script_args.task else "Held out:")
-        for difficulty, scores in report.before.items():
-            for name, score in scores.items():
+        for difficulty in after:
+            for name, score in report.before[difficulty].items():
                 form = "6.1%" if script_args.task else "6.3f"
                 change = f"{score:{form}} -> {after[difficulty][name]:{form}}"
                 print(f"  {difficulty or script_args.task or '':>8}  {name}  {change}")
         if logs:
             print(f"Mean reward of the rollouts: {rewards[0]:.2f} -> {rewards[-1]:.2f}", flush=True)
+    trainer.save_model()
     trainer.save_state()  # the log, as `trainer_state.json`
     if is_main:
         if logs:

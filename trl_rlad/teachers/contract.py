@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .teacher import Teacher
 
@@ -29,8 +29,8 @@ class TokenContract:
         teacher ([`Teacher`]):
             Its vocabulary and its positions bound what it can read.
         unknown_ids, nameable_ids (`Collection[int]`, *optional*):
-            Token ids that it isn't to score, and those that it may name, see [`find_unknown_ids`],
-            [`find_nameable_ids`].
+            Token ids that it isn't to score, see [`find_unknown_ids`] and [`find_unfit_ends`], and those that it may
+            name: of what both know, neither these nor an end of its turn on which the student doesn't stop.
         image_problem (`str`, *optional*):
             Why it can't read the student's images, see [`find_image_problem`].
     """
@@ -58,7 +58,9 @@ class TokenContract:
         """Compare a student, by its tokenizer, the ids that end its completions and, if it reads images, its
         processor, with a teacher. Raises a `ValueError` if that gives the student's ids another meaning, or has no
         rows for them."""
-        unknown_ids = find_unknown_ids(tokenizer, teacher.tokenizer, eos_token_ids)
+        ends, other_ends = set(eos_token_ids), teacher.eos_token_ids - set(eos_token_ids)
+        unknown_ids = find_unknown_ids(tokenizer, teacher.tokenizer)
+        unknown_ids = sorted({*unknown_ids, *find_unfit_ends(ends, teacher.eos_token_ids)})
         highest = max(tokenizer.get_vocab().values())
         if highest >= teacher.vocab_size:
             raise ValueError(_beyond_vocabulary("The student's tokenizer goes up to", highest, teacher))
@@ -68,10 +70,17 @@ class TokenContract:
                 f"The teacher doesn't score {len(unknown_ids)} of the student's tokens, which it doesn't know or "
                 f"doesn't end its turn with (such as {examples}): there the likelihood ratio is GRPO's."
             )
+        if other_ends:
+            names = ", ".join(map(repr, teacher.tokenizer.convert_ids_to_tokens(sorted(other_ends))))
+            logger.warning(
+                f"The teacher may end its turn with {names}, on which the student doesn't stop. So it isn't asked "
+                "where the student ends its own. If the student is to end as the teacher does, add the token to "
+                "`generation_config.eos_token_id` of the student."
+            )
         problem = None if processor is None else teacher.find_image_problem(processor)
-        return cls(
-            teacher, unknown_ids, find_nameable_ids(tokenizer, teacher.tokenizer, unknown_ids, eos_token_ids), problem
-        )
+        nameable_ids = set(tokenizer.get_vocab().values()) & set(teacher.tokenizer.get_vocab().values())
+        nameable_ids -= {*unknown_ids, *other_ends}
+        return cls(teacher, unknown_ids, nameable_ids, problem)
 
     def is_known(self, ids: torch.Tensor) -> torch.Tensor:
         """Which tokens of the student the teacher can score, bool, of the shape of `ids`."""
@@ -101,7 +110,12 @@ class TokenContract:
 
     def check(self, rows: Sequence):
         """Raises a `ValueError` if a [`~trl_rlad.scoring.rows.Row`] has a token id beyond the teacher's vocabulary, is
-        longer than its positions, or has images that it can't read."""
+        longer than its positions, has no prompt, or has images that it can't read."""
+        if not all(len(row.prompt) for row in rows):
+            raise ValueError(
+                "The prompt of a row, or its `teacher_prompt`, has no tokens, so there is nothing from which a "
+                "teacher could tell the first token of the completion."
+            )
         longest = max(map(len, rows), default=0)
         if longest > self.teacher.max_length:
             raise ValueError(
@@ -141,15 +155,10 @@ def _beyond_vocabulary(what, id, teacher):
     )
 
 
-def find_unknown_ids(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos_token_ids: Collection[int] = ()
-) -> list[int]:
+def find_unknown_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int]:
     """
-    Ids that the student can emit and whose probability under the teacher means nothing.
-
-    These are the ids that the teacher's tokenizer doesn't have, the special tokens that it calls otherwise and, if the
-    two end their turns differently (a base model with `<|endoftext|>`, say, and an instruct model with `<|im_end|>`),
-    the ids that end the student's turn but not the teacher's. Different sizes of padded vocabularies don't matter.
+    Ids that the student can emit and that mean nothing to the teacher: those that its tokenizer doesn't have, and the
+    special tokens that it calls otherwise. Different sizes of padded vocabularies don't matter.
 
     Raises a `ValueError` if ordinary ids stand for different tokens, or the teacher doesn't know most of them.
     """
@@ -170,21 +179,26 @@ def find_unknown_ids(
             "same token ids, so choose a `teacher_model` that shares the student's tokenizer, saved beside its "
             "weights."
         )
-    if student.eos_token_id != teacher.eos_token_id:
-        unknown |= set(eos_token_ids) - {teacher.eos_token_id}
     return sorted(unknown)
 
 
-def find_nameable_ids(
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    unknown_ids: Collection[int],
-    eos_token_ids: Collection[int],
-) -> list[int]:
-    """Ids that mean the same to both, so that the teacher may name them to the student: neither those that
-    [`find_unknown_ids`] has found, nor an end of turn on which the student doesn't stop."""
-    same = set(student.get_vocab().values()) & set(teacher.get_vocab().values()) - set(unknown_ids)
-    return sorted(same - ({teacher.eos_token_id} - set(eos_token_ids)))
+def find_ends(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids on which a model ends its turn, as TRL finds those of the student: of its generation config, which may have
+    several (Gemma's `<eos>` and `<end_of_turn>`, say), and of its tokenizer."""
+    ids = generation_config.eos_token_id
+    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+
+
+def find_unfit_ends(student: set[int], teacher: set[int]) -> set[int]:
+    """
+    Of the ids that end the student's turn, those whose probability under the teacher doesn't tell whether the turn is
+    to end there.
+
+    These are the ones that don't end the teacher's turn and, if the teacher has an end on which the student doesn't
+    stop, all of them: that may be the one it uses (a base model with `<|endoftext|>`, say, and an instruct model that
+    lists it beside its `<|im_end|>`).
+    """
+    return student - teacher if teacher <= student else student
 
 
 def longest_prompt(prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,12 +8,16 @@ from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
-from .adapters import AdapterTeacher
+from .loading import HUB_KWARGS
 from .local import LocalTeacher
 from .own_base import OwnBaseTeacher
 from .server import ServedTeacher
 from .sharded import FSDPTeacher, ZeRO3Teacher
 from .teacher import Teacher
+
+
+# Initializations of LoRA that leave the base with another part of its weights
+CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def create_teacher(
@@ -38,7 +42,7 @@ def create_teacher(
         urls (`list[str]`, *optional*):
             Addresses of the servers that the teacher is behind. `teacher_model` is then what it is called there.
         bases (`MutableMapping`, *optional*):
-            Where teachers that are adapters of the same base find it, see [`AdapterTeacher`].
+            Where teachers that are adapters of the same base find it.
 
     Raises:
         `TypeError`: if `teacher_model` is neither a name nor a model.
@@ -50,18 +54,15 @@ def create_teacher(
         if isinstance(teacher_model, PreTrainedModel):
             raise TypeError("A teacher is behind one of `teacher_server_urls` or a model object, not both.")
         return ServedTeacher(urls, teacher_model, args)
+    if str(teacher_model).startswith(("http://", "https://")):
+        raise ValueError(f"`teacher_model={teacher_model!r}` is an address: pass it as `teacher_server_urls`.")
     if teacher_model == "base":
         if not is_peft_model(get_student()):
             raise ValueError(
                 '`teacher_model="base"` is the base model of a student that trains an adapter, but this one trains '
                 "all its weights. Pass `peft_config`, or the name or path of a teacher."
             )
-        biases = [getattr(config, "bias", "none") for config in get_student().peft_config.values()]
-        if trained := [bias for bias in biases if bias != "none"]:
-            raise ValueError(
-                f'With `bias="{trained[0]}"` the adapter trains weights of its base too, so `teacher_model="base"` '
-                'would move with the student. Set `bias="none"`, or pass the name or path of a teacher.'
-            )
+        check_own_base(get_student())
         settings = {"teacher_zero_stage", "teacher_offload", "teacher_model_init_kwargs", "teacher_model_revision"}
         for name in sorted(settings):
             if getattr(args, name) not in (None, "none"):
@@ -73,10 +74,36 @@ def create_teacher(
             f"`{type(teacher_model).__name__}`."
         )
     teacher_class = choose_class(args, accelerator)
-    if teacher_class is LocalTeacher and bases is not None and isinstance(teacher_model, str):
-        # It may turn out not to be an adapter, and then it is like any other
-        return AdapterTeacher(teacher_model, args, accelerator, bases)
-    return teacher_class(teacher_model, args, accelerator)
+    return teacher_class(teacher_model, args, accelerator, bases if teacher_class is LocalTeacher else None)
+
+
+def check_own_base(student):
+    """Raises a `ValueError` if the base of a student with an adapter isn't what it was, or won't stay so."""
+    inits = [str(getattr(config, "init_lora_weights", "")).lower() for config in student.peft_config.values()]
+    if changing := [init for init in inits if init.startswith(CHANGING_INITS)]:
+        raise ValueError(
+            f'`init_lora_weights="{changing[0]}"` moves a part of the weights from the base into the adapter, so '
+            '`teacher_model="base"` would be what is left. Pass the name or path of the base.'
+        )
+    of_adapter = getattr(student.base_model, "prefix", "prompt_encoder"), "modules_to_save", "trainable_tokens"
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in of_adapter):
+            raise ValueError(
+                f'`{name}` of the base is trained beside the adapter, so `teacher_model="base"` would move with the '
+                'student. Set `bias="none"` in `peft_config`, freeze it, or pass the name or path of a teacher.'
+            )
+
+
+def check_settings_of_servers(args: RLADConfig):
+    """Raises a `ValueError` for a setting that has no effect if all teachers are behind URLs."""
+    idle = [name for name in ("teacher_offload", "teacher_zero_stage") if getattr(args, name) not in (None, "none")]
+    init_kwargs: dict = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]  # parsed
+    idle += [f"{name}` in `teacher_model_init_kwargs" for name in init_kwargs if name not in HUB_KWARGS]
+    if idle:
+        raise ValueError(
+            f"`{idle[0]}` has no effect on a teacher behind one of `teacher_server_urls`: leave it unset, and start "
+            "the server as you want it."
+        )
 
 
 def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeacher]:
@@ -85,7 +112,7 @@ def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeache
     if distributed_type != DistributedType.DEEPSPEED and stage is not None:
         raise ValueError(
             f"`teacher_zero_stage={stage}` needs DeepSpeed: launch with `accelerate launch --config_file` and one of "
-            "`examples/accelerate_configs/zero*.yaml`, or leave it unset."
+            "`trl_rlad/scripts/accelerate_configs/zero*.yaml`, or leave it unset."
         )
     if distributed_type == DistributedType.FSDP:
         if args.teacher_offload != "none":

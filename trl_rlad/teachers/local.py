@@ -1,12 +1,12 @@
 """A transformers model in these processes as the teacher."""
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,9 @@ from .._trl.names import add_fused_lm_head, get_config_model_id
 from ..config import RLADConfig
 from ..lm_head import LMHead
 from ..packing import sharing_pays
-from .contract import find_image_problem
+from ..trials import made_up_tokens, rotates_by_length, tolerance
+from .adapters import add_adapter
+from .contract import find_ends, find_image_problem
 from .loading import (
     HUB_KWARGS,
     active_deepspeed_config,
@@ -80,20 +82,32 @@ class LocalTeacher:
             Says how to load and where to keep the model, and the temperature.
         accelerator ([`~accelerate.Accelerator`]):
             Knows the device and the other processes.
+        bases (`MutableMapping`, *optional*):
+            Where teachers that are adapters of the same base find it, see [`add_adapter`].
 
     Raises:
         `ValueError`: if it can't be loaded, is no causal language model, or comes without a tokenizer.
     """
 
     is_sharded = False
-    shares_prompts = True
+    # The roads to its scores, see `try_roads`
+    shares_prompts = mixes_rows = True
+    reads_logits = False
     length_remedy = (
         "if its family stretches its rotary embedding, have it do so: "
-        '`teacher_model_init_kwargs={"rope_parameters": {...}}`'
+        '`teacher_model_init_kwargs={"rope_parameters": {"rope_type": "yarn", ...}}`'
     )
+    adapted: Any = None  # the base with the adapters that it has
 
-    def __init__(self, model: str | PreTrainedModel, args: RLADConfig, accelerator: Accelerator):
-        self.args, self.accelerator = args, accelerator
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: RLADConfig,
+        accelerator: Accelerator,
+        bases: MutableMapping | None = None,
+    ):
+        self.args, self.accelerator, self.temperature = args, accelerator, args.temperature
+        self.bases = WeakValueDictionary() if bases is None else bases
         self.init_kwargs = {
             "dtype": "auto",
             "device_map": None,
@@ -118,11 +132,12 @@ class LocalTeacher:
             raise ValueError(f"The weights of `teacher_model` {self.name!r} aren't finite: {', '.join(damaged[:5])}.")
         self.paths = [(path, self.init_kwargs["revision"]), (get_config_model_id(model.config), None)]
         self.tokenizer: PreTrainedTokenizerBase = load_processing_class(AutoTokenizer, self.paths, self.hub_kwargs)
+        self.eos_token_ids = find_ends(model.generation_config, self.tokenizer)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.max_length = longest_input(model.config)
         self.reads_images = "pixel_values" in inspect.signature(model.forward).parameters
         self.set_up(model)
-        self.shares_prompts = self.shares_prompts and self.can_share_prompts()
+        self.try_roads()
 
     def check_quantized(self, is_quantized: bool):
         if is_quantized and (self.is_sharded or self.args.teacher_offload != "none"):
@@ -138,7 +153,7 @@ class LocalTeacher:
         self.model = self.prepare(model)
 
     def load(self) -> PreTrainedModel:
-        """The model, or an adapter merged into its base, from the Hub or from disk."""
+        """The model, or the base of an adapter with the adapter in it, from the Hub or from disk."""
         if not isinstance(self.source, str):
             self.config = self.source.config
             return self.source
@@ -157,24 +172,19 @@ class LocalTeacher:
             with self.deepspeed():
                 if adapter is None:
                     return load_whole(path, self.config, kwargs)
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("error", message="Found missing adapter keys")
-                    load_base = partial(load_whole, path, self.config, kwargs)
-                    return self.add_adapter(load_base, (path, adapter.revision), files)
+                load_base = partial(load_whole, path, self.config, kwargs)
+                self.adapted, self.adapter = add_adapter(
+                    self.source, load_base, self.bases, (path, adapter.revision), adapter, files
+                )
+                return self.adapted.get_base_model()
         except Exception as error:  # safetensors, PEFT and the tokenizers have their own
             what = "" if Path(self.source).exists() else " There is no such folder."
+            if adapter is not None:
+                what = f" It is an adapter of {path!r}, as its `base_model_name_or_path` says."
             raise ValueError(
                 f"`teacher_model={self.source!r}` can't be loaded with `teacher_model_init_kwargs="
                 f"{self.args.teacher_model_init_kwargs}`.{what} {error}"
             ) from error
-
-    def add_adapter(
-        self, load_base: Callable[[], PreTrainedModel], base: tuple[str, str | None], files: dict[str, Any]
-    ) -> PreTrainedModel:
-        """The model of an adapter that is in these files, and of its base, with its name and revision."""
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(load_base(), str(self.source), **files).merge_and_unload()
 
     def find_image_problem(self, student: ProcessorMixin) -> str | None:
         """Why the teacher can't read the images that the student's processor prepares, or `None` if it can."""
@@ -186,33 +196,54 @@ class LocalTeacher:
             return f"its processor fails ({error})"
 
     @torch.no_grad()
-    def can_share_prompts(self) -> bool:
+    def try_roads(self):
         """
-        Whether completions come out on one copy of their prompt's cache as they do each on its own prompt.
+        Choose the fastest road on which made-up rows come out as by the model's own logits, each row alone.
 
-        It is tried, on made-up tokens, and not read off a list of families: some have caches that can't be copied
-        (those with linear attention or convolutions, in transformers 5.23), some keep their state in no cache at all
-        (RWKV).
+        `reads_logits` if they aren't the LM head's on the last hidden states; `mixes_rows` if a row may run beside
+        others, longer ones too; `shares_prompts` if completions may run on one copy of their prompt's cache. Nothing
+        of that is read off a list of families, of adapters or of caches that can't be copied.
         """
-        length = int(min(32, self.max_length))
-        if length < 8:
-            return False
-        tokens, start = torch.arange(1, length + 1) * 7919 % self.vocab_size, 3 * length // 4
-        rows = [tokens[:start]] * 2, [tokens[start:], tokens[start:-1]]
-        with self.deepspeed(), self.placed():
-            expected = self._run_rows(*rows)
+        length = int(min(13, self.max_length))
+        tokens = made_up_tokens(length, self.config)
+        prompts, completions = [tokens[:-3]] * 2, [tokens[-3:], tokens[-3:-1]]
+        bound = tolerance(self.accelerator.unwrap_model(self.model), self.accelerator)
+
+        def score(rows, top_k=4):
+            scores = self.score(prompts[rows], completions[rows], top_k)
+            return torch.cat([torch.cat([row.logps[:, None], row.top_logps], dim=1) for row in scores])
+
+        def agrees(number, top_k=4):
             try:
-                states = self._run_on_cache(*rows)
+                scores = score(slice(number), top_k)
             except Exception as error:  # each family has its own
-                logger.warning(
-                    f"The cache of {self.name} can't be shared, so each completion runs its prompt: {error}"
-                )
+                logger.info(f"{self.name}: {error}")
                 return False
-        # Rounding leaves 1e-6 in float32 and some hundredths in bfloat16; a lost prompt, about 1
-        is_same = (states - expected).norm() <= 2 * torch.finfo(states.dtype).eps ** 0.5 * expected.norm()
-        if not is_same:
-            logger.warning(f"On a shared prompt {self.name} scores otherwise, so each completion runs its prompt.")
-        return bool(is_same)
+            differences = scores - expected[: len(scores), : scores.size(1)]
+            return (differences.abs().mean() <= bound).item()
+
+        def warn(what):
+            logger.warning(f"What the teacher {self.name} makes of a row {what}.")
+
+        can_share, self.shares_prompts = self.shares_prompts, False
+        with self.placed():
+            self.reads_logits = True
+            expected = torch.cat([score(slice(0, 1)), score(slice(1, 2))])
+            self.reads_logits = False
+            if not (agrees(1) and agrees(1, top_k=0)):
+                self.reads_logits = True
+                warn("isn't its LM head on its last hidden states, so all its logits are computed")
+            with self.deepspeed(), self.accelerator.autocast():
+                far = self.max_length, bound, self.accelerator.device
+                rotates = rotates_by_length(self.model, self.config, *far)
+            self.mixes_rows = not rotates and agrees(2)
+            if not self.mixes_rows:
+                warn("depends on what runs beside it, so each row runs alone")
+            elif can_share and not self.reads_logits and sharing_pays(length - 3, [3, 2]):
+                self.shares_prompts = True
+                self.shares_prompts = agrees(2)
+                if not self.shares_prompts:
+                    warn("comes out otherwise on a shared prompt, so each completion runs its own")
 
     def prepare(self, model: PreTrainedModel) -> torch.nn.Module:
         """Give the model its place."""
@@ -232,6 +263,8 @@ class LocalTeacher:
         if self.model is None:
             self.set_up(self.load())
         self.model.eval()  # whatever has become of a model object meanwhile
+        if self.adapted is not None:
+            self.adapted.set_adapter(self.adapter, inference_mode=True)
         host = [(parameter, parameter.data) for parameter in self.model.parameters()]
         if self.is_movable:
             self.model.to(self.accelerator.device)
@@ -245,7 +278,7 @@ class LocalTeacher:
     def release(self):
         """Let the weights go. They are loaded again when the teacher is to score again; a model object stays."""
         if isinstance(self.source, str) and self.model is not None:
-            self.model = self.fused_head = self.lm_head = None
+            self.model = self.fused_head = self.lm_head = self.adapted = None
             torch.cuda.empty_cache()
 
     @torch.no_grad()
@@ -256,21 +289,40 @@ class LocalTeacher:
         top_k: int = 0,
         images: list[dict[str, torch.Tensor]] | None = None,
     ) -> list[TokenScores]:
-        if not completions:
+        if not completions and not self.is_sharded:
             return []
-        lengths = [len(completion) for completion in completions]
-        image_inputs = stack_images(images or [])
-        shares = self.shares_prompts and not image_inputs and all_equal(prompts)
+        road = self._score_by_logits if self.reads_logits else self._score_by_states
         with self.deepspeed(), self.accelerator.autocast():
-            if shares and sharing_pays(len(prompts[0]), lengths):
-                states = self._run_on_cache(prompts, completions)
-            else:
-                states = self._run_rows(prompts, completions, **image_inputs)
-            labels = torch.cat(completions).to(self.accelerator.device)
-            if top_k:
-                return split_scores(lengths, *self.lm_head.top_k(states, labels, top_k))
-            logps = self.fused_head(states, labels).float()  # TRL's, which is fast but for one token only
-            return split_scores(lengths, logps, labels.new_empty(len(labels), 0), logps.new_empty(len(labels), 0))
+            return road(prompts, completions, top_k, stack_images(images or []))
+
+    def _score_by_logits(self, prompts, completions, top_k, image_inputs):
+        """As the model itself says it: what the other roads are compared with, if each row is scored alone."""
+        input_ids, inputs = self._to_device(pad_rows(prompts, completions), image_inputs)
+        scores, logits = [], self.model(input_ids=input_ids, use_cache=False, **inputs).logits
+        for row, prompt, completion in zip(logits, prompts, completions, strict=False):
+            row = row[len(prompt) - 1 : len(prompt) + len(completion) - 1].float() / self.temperature
+            logps, labels = row.log_softmax(-1), completion.to(row.device)
+            top_logps, top_ids = logps.topk(min(top_k, logps.size(-1)))
+            scores.append(TokenScores(logps.gather(1, labels[:, None])[:, 0], top_ids, top_logps))
+        return scores
+
+    def _score_by_states(self, prompts, completions, top_k, image_inputs):
+        """By the LM head on the last hidden states of the completions' tokens alone."""
+        lengths = [len(completion) for completion in completions]
+        shares = self.shares_prompts and not image_inputs and all_equal(prompts)
+        if shares and sharing_pays(len(prompts[0]), lengths):
+            states = self._run_on_cache(prompts, completions)
+        else:
+            states = self._run_rows(prompts, completions, **image_inputs)
+        labels = torch.cat(completions).to(self.accelerator.device)
+        if top_k:
+            return split_scores(lengths, *self.lm_head.top_k(states, labels, top_k))
+        logps = self.fused_head(states, labels).float()  # TRL's, which is fast but for one token only
+        return split_scores(lengths, logps, labels.new_empty(len(labels), 0), logps.new_empty(len(labels), 0))
+
+    def _to_device(self, input_ids, image_inputs):
+        device = self.accelerator.device
+        return input_ids.to(device), {name: value.to(device) for name, value in image_inputs.items()}
 
     def _run(self, **inputs):
         inputs = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -303,13 +355,8 @@ class WrappedTeacher(LocalTeacher):
 
     shares_prompts = False
 
-    @torch.no_grad()
-    def score(self, prompts, completions, top_k=0, images=None):
-        if not completions and not self.is_sharded:
-            return []
-        # The other processes can't run a sharded model without this one: with no rows, it runs two tokens of no use
-        input_ids = pad_rows(prompts, completions) if completions else torch.zeros(1, 2, dtype=torch.long)
-        input_ids = input_ids.to(self.accelerator.device)
+    def _score_by_states(self, prompts, completions, top_k, image_inputs):
+        input_ids, inputs = self._to_device(pad_rows(prompts, completions), image_inputs)
         labels = torch.full_like(input_ids, -100)
         # The state at position t tells of token t + 1
         before = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -324,8 +371,7 @@ class WrappedTeacher(LocalTeacher):
             )
         else:
             labels[after] = input_ids[after]
-        inputs = {name: value.to(self.accelerator.device) for name, value in stack_images(images or []).items()}
-        with self.deepspeed(), self.accelerator.autocast(), listening:
+        with listening:
             log_probs = self.model(input_ids=input_ids, labels=labels, **inputs, fused_lm_head=True).log_probs
         if not top_k:
             logps = log_probs[before[:, :-1]].float()
@@ -348,5 +394,8 @@ def all_equal(sequences: list[torch.Tensor]) -> bool:
 
 def pad_rows(prompts: list[torch.Tensor], completions: list[torch.Tensor]) -> torch.Tensor:
     """Token ids `(B, L)` of prompts and completions without a gap, padded on the right only. A causal model never
-    looks there, so it needs neither an attention mask nor positions."""
+    looks there, so it needs neither an attention mask nor positions. With no rows, two tokens of no use: the other
+    processes can't run a sharded model without this one."""
+    if not completions:
+        return torch.zeros(1, 2, dtype=torch.long)
     return pad_sequence([torch.cat(row) for row in zip(prompts, completions, strict=True)], batch_first=True)

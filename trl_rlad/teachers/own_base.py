@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._trl.names import get_config_model_id, use_adapter
 from ..lm_head import LMHead
+from .contract import find_ends
 from .loading import longest_input
 from .local import WrappedTeacher
 
@@ -30,7 +32,14 @@ class OwnBaseTeacher(WrappedTeacher):
         self.name = f"{get_config_model_id(config)} without the adapter"
         self.vocab_size = config.get_text_config().vocab_size
         self.max_length = longest_input(config)
+        self.eos_token_ids = find_ends(get_student().generation_config, tokenizer)
         self.is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+    @cached_property
+    def mixes_rows(self):
+        """As any teacher's. The student's base is tried when it first scores: sharded, it can't run before."""
+        self.try_roads()
+        return self.__dict__["mixes_rows"]
 
     @property
     def model(self):

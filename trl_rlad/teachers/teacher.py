@@ -21,11 +21,16 @@ class Teacher(Protocol):
     name: str  # of the model; of a local path, the last part
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: set[int]  # on which it ends its turn
     vocab_size: int  # number of rows of its embedding
     max_length: float  # number of tokens that it can read at once
     is_sharded: bool  # whether each process holds a part of it, so that a forward pass needs all at once
     shares_prompts: bool  # whether completions of one prompt can run on one copy of its key-value cache
     length_remedy: str  # what else than another teacher helps where rows are too long
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether rows of other prompts and lengths can run beside each other."""
 
     def placed(self) -> AbstractContextManager:
         """A context in which it is where it scores."""
