@@ -83,9 +83,9 @@ class Bed:
         """The puzzles of a run: `size`, or those of the pool."""
         return self.make_dataset(size=self.pool or size, seed=seed, held_out=False)
 
-    def prepare(self, output_dir: Path):
-        """Make the models that aren't there."""
-        for name in (self.student, *self.teachers.values()):
+    def prepare(self, teacher: str, output_dir: Path):
+        """Make the student and a teacher, if they aren't there."""
+        for name in (self.student, self.teachers[teacher]):
             if name in MAKERS and not (output_dir / name).exists():
                 MAKERS[name](path=output_dir / name)
 

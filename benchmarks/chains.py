@@ -1,10 +1,11 @@
 """
 Chains of operators: a task whose right answers a model of 100K parameters can learn step by step, in a minute.
 
-Each of twenty operators is a fixed random permutation of the ten digits. A prompt is a digit and eight operators, and
-a solution the digit after each of them.
+Each of twenty operators is a fixed random permutation of the ten digits. A prompt is eight operators and a digit, and
+a solution the digit after each of them. So every step of a solution is alike: it takes the token before it, and the
+operator that stands eight places back.
 
-    prompt    3 a f t b b c q o
+    prompt    a f t b b c q o 3
     solution  8 0 1 9 4 4 2 7
 
 There are 2.6e11 prompts, so drawn ones are new ones. A second form of each digit, in letters, lets a solution be
@@ -40,7 +41,7 @@ OPERATORS = make_operators(ascii_lowercase[:20], seed=0)
 
 def solve(prompt: str, operators: dict[str, list[int]] = OPERATORS) -> list[int]:
     """Work out the digit after each operator of a prompt."""
-    start, *names = prompt.split()
+    *names, start = prompt.split()
     values = [int(start)]
     for name in names:
         values.append(operators[name][values[-1]])
@@ -49,7 +50,7 @@ def solve(prompt: str, operators: dict[str, list[int]] = OPERATORS) -> list[int]
 
 def draw_prompt(rng: random.Random, names: str = "".join(OPERATORS)) -> str:
     """Draw a prompt with operators of these `names`."""
-    return " ".join([rng.choice(DIGITS), *rng.choices(names, k=LENGTH)])
+    return " ".join([*rng.choices(names, k=LENGTH), rng.choice(DIGITS)])
 
 
 def make_dataset(size: int, seed: int, held_out: bool) -> Dataset:

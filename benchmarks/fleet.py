@@ -26,7 +26,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trl_rlad.packing import cut, cut_shared, deal, group_rows, micro_batches
+from trl_rlad.packing import count_cost, cut, cut_shared, deal, group_rows, micro_batches
+
+
+NAMED = 8  # tokens of the teacher beside each
+NODE = 8  # ranks of a node
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Model:
 
 @dataclass
 class Fleet:
-    """Ranks with their rollouts, and devices with their useful FLOP/s and bytes/s."""
+    """Ranks with their rollouts, and devices with their useful FLOP/s, and bytes/s within nodes and between them."""
 
     name: str
     ranks: int
@@ -70,6 +74,7 @@ class Fleet:
     budget: int = 16384
     is_sharded: bool = False
     flops: float = 4e14
+    within: float = 4e11
     bandwidth: float = 5e10
 
 
@@ -133,12 +138,58 @@ def teacher_passes(rows, budget: int, shares_prompts: bool):
     return passes
 
 
-def deal_rows(ranks, shares_prompts: bool):
-    """The rows of all ranks, dealt out as `TeacherScorer` deals them."""
-    rows = sum(ranks, [])
-    groups = group_rows(*zip(*rows, strict=True)) if shares_prompts else [[i] for i in range(len(rows))]
-    hands = deal([sum(sum(rows[i][1:]) for i in group) for group in groups], [0] * len(ranks))
+def deal_rows(ranks, shares_prompts: bool, hidden_size: int):
+    """For each rank the rows that it scores, each with the rank that it is at home, dealt out as `exchange` does."""
+    rows = [(row, home) for home, each in enumerate(ranks) for row in each]
+    prompts, prompt_lengths, lengths = zip(*(row for row, _ in rows), strict=True)
+    groups = group_rows(prompts, prompt_lengths, lengths) if shares_prompts else [[i] for i in range(len(rows))]
+    costs = [count_cost(prompt_lengths[group[0]], [lengths[i] for i in group], hidden_size) for group in groups]
+    homes = [rows[group[0]][1] for group in groups] if shares_prompts else None  # as of a sharded teacher
+    hands = deal(costs, homes, [0] * len(ranks))
     return [[rows[i] for group in hand for i in groups[group]] for hand in hands]
+
+
+@dataclass
+class Traffic:
+    """Bytes that a rank sends to the others, within its node and to other nodes, and holds of rows of others."""
+
+    within: float = 0.0
+    between: float = 0.0
+    held: float = 0.0
+
+    def seconds(self, fleet: Fleet) -> float:
+        return self.within / fleet.within + self.between / fleet.bandwidth
+
+
+def count_traffic(ranks, dealt) -> list[Traffic]:
+    """The traffic of each rank: the table of all lengths, token ids of rows that leave home, and their scores back."""
+    traffic = [Traffic() for _ in ranks]
+
+    def send(source, target, size):
+        if source // NODE == target // NODE:
+            traffic[source].within += size
+        else:
+            traffic[source].between += size
+        traffic[target].held += size
+
+    most = max(map(len, ranks))
+    for rank, each in enumerate(traffic):
+        beside = min(NODE, len(ranks) - rank // NODE * NODE) - 1
+        each.within, each.between = ((16 + 24 * most) * count for count in (beside, len(ranks) - 1 - beside))
+        each.held = 24 * most * len(ranks)
+    for rank, rows in enumerate(dealt):
+        for (_, prompt, completion), home in rows:
+            if home != rank:
+                send(home, rank, 4 * (prompt + completion))
+                send(rank, home, (4 + 8 * NAMED) * completion)
+    return traffic
+
+
+def count_traffic_to_all(ranks) -> Traffic:
+    """As it was until version 0.1: everybody is sent all rows, 8 bytes a token, and all scores."""
+    sizes = [sum(8 * prompt + (8 + 4 + 12 * NAMED) * completion for _, prompt, completion in rows) for rows in ranks]
+    beside, mean = min(NODE, len(ranks)) - 1, statistics.mean(sizes)
+    return Traffic(beside * mean, (len(ranks) - 1 - beside) * mean, sum(sizes))
 
 
 def slowest(ranks_passes, cost: Cost, in_step: bool) -> float:
@@ -155,23 +206,23 @@ def imbalance(ranks_passes) -> float:
     return max(tokens) / statistics.mean(tokens)
 
 
-def work_out(fleet: Fleet, ranks, student: Cost, teacher: Cost) -> dict[str, dict[str, float]]:
-    """Padding, imbalance and seconds of TRL's way and ours."""
+def work_out(fleet: Fleet, ranks, student: Cost, teacher: Cost, width: int) -> dict[str, dict[str, float]]:
+    """Padding, imbalance and seconds of TRL's way and ours, with a teacher of this width."""
     shares_prompts = not fleet.is_sharded
     real = sum(prompt + completion for rows in ranks for _, prompt, completion in rows)
-    dealt = deal_rows(ranks, shares_prompts) if fleet.ranks > 1 else ranks
+    dealt = deal_rows(ranks, shares_prompts, width)
+    traffic = max(count_traffic(ranks, dealt), key=lambda each: each.seconds(fleet))
     passes = {
         "TRL": [[padded_passes(rows, fleet.micro_batch, False) for rows in ranks]] * 2,
         "ours": [
             [padded_passes(rows, fleet.micro_batch, True) for rows in ranks],
-            [teacher_passes(rows, fleet.budget, shares_prompts) for rows in dealt],
+            [teacher_passes([row for row, _ in rows], fleet.budget, shares_prompts) for rows in dealt],
         ],
     }
     figures = {}
     for way, (trained, scored) in passes.items():
         seconds = [slowest(trained, student, fleet.is_sharded), slowest(scored, teacher, fleet.is_sharded)]
-        # Ours sends all rows to all ranks, 8 bytes a token, and 4 bytes for each score
-        seconds.append(12 * real / fleet.bandwidth if way == "ours" and fleet.ranks > 1 else 0.0)
+        seconds.append(traffic.seconds(fleet) if way == "ours" else 0.0)
         figures[way] = {
             "padding": 1 - real / sum(count for one in trained for count, _ in one),
             "imbalance": imbalance(trained),
@@ -237,7 +288,7 @@ def check():
         beside = seconds["one token"] - costs[0].seconds([dense(8, 2)] * 8)
         lengths = [(len(p), len(c)) for each in rollouts for p, c in zip(*each, strict=True)]
         fleet = Fleet("here", ranks, None, None, 0, 0, micro_batch=8, budget=1024)
-        figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
+        figures = work_out(fleet, draw_rows(fleet, lengths), *costs, scored.config.hidden_size)
     expected = {"TRL": figures["TRL"]["student"] + beside, "ours": figures["ours"]["step"] + beside}
     pairs = {way: (seconds[way], expected[way]) for way in expected}
     everyone = [pairs] * ranks
@@ -254,7 +305,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", help="JSON file with pairs of a prompt's and a completion's length, to draw from")
     parser.add_argument("--flops", type=float, help="useful FLOP/s of a device")
-    parser.add_argument("--bandwidth", type=float, help="bytes/s between devices")
+    parser.add_argument("--within", type=float, help="bytes/s between devices of a node")
+    parser.add_argument("--bandwidth", type=float, help="bytes/s between nodes")
     parser.add_argument("--check", action="store_true", help="compare with steps that run here")
     options = parser.parse_args()
     if options.check:
@@ -264,19 +316,32 @@ def main():
         "| fleet | ranks | mean and longest | padding | imbalance | student, s | teacher, s | exchange, s | step, s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
+    traffic = []
     for fleet in FLEETS:
-        given = {name: getattr(options, name) for name in ("flops", "bandwidth") if getattr(options, name)}
+        given = {name: getattr(options, name) for name in ("flops", "within", "bandwidth") if getattr(options, name)}
         fleet = replace(fleet, **given)
         gathers = [
             2 * model.parameters / fleet.bandwidth * fleet.is_sharded for model in (fleet.student, fleet.teacher)
         ]
         costs = fleet.student.cost(fleet.flops, 3, 2 * gathers[0]), fleet.teacher.cost(fleet.flops, 1, gathers[1])
-        figures = work_out(fleet, draw_rows(fleet, lengths), *costs)
+        ranks = draw_rows(fleet, lengths)
+        figures = work_out(fleet, ranks, *costs, fleet.teacher.width)
         cells = [fleet.name, f"{fleet.ranks:,}", f"{fleet.mean_length:,}, {fleet.longest:,}"]
         for name in ("padding", "imbalance", "student", "teacher", "exchange", "step"):
             form = {"padding": ".0%", "imbalance": ".2f"}.get(name, ".3g")
             cells.append(" / ".join(f"{figures[way][name]:{form}}" for way in ("TRL", "ours")))
         print("| " + " | ".join(cells) + " |")
+        if fleet.ranks > 1:
+            now = count_traffic(ranks, deal_rows(ranks, not fleet.is_sharded, fleet.teacher.width))
+            busiest, before = max(now, key=lambda each: each.seconds(fleet)), count_traffic_to_all(ranks)
+            cells = [fleet.name, f"{fleet.ranks:,}"]
+            for name in ("within", "between", "held"):
+                figures = getattr(before, name), max(getattr(each, name) for each in now)
+                cells.append(" / ".join(f"{value / 1e6:,.0f}" for value in figures))
+            cells.append(f"{before.seconds(fleet):.2g} / {busiest.seconds(fleet):.2g}")
+            traffic.append("| " + " | ".join(cells) + " |")
+    print("\n| fleet | ranks | sent within the node, MB | sent to others, MB | held of others, MB | exchange, s |")
+    print("\n".join(["|---|---|---|---|---|---|", *traffic]))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: i
     return sum(correctness_reward(completions, puzzles["solution"])) / size
 
 
+@torch.no_grad()
+def mean_entropy(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Mean entropy, in nats, of what a model says at each token of right solutions."""
+    input_ids, labels = batch
+    logps = model(input_ids).logits.log_softmax(-1)[:, :-1]
+    return -(logps.exp() * logps).sum(-1)[labels[:, 1:] >= 0].mean().item()
+
+
 def make_chains_model(architecture: str, kind: str, path: Path, seed: int = 0) -> None:
     """Train a model of a kind, and save it with its tokenizer."""
     tokenizer, rng = make_tokenizer(), random.Random(seed)
@@ -123,7 +131,9 @@ def make_chains_model(architecture: str, kind: str, path: Path, seed: int = 0) -
     share = accuracy(model, tokenizer)
     if is_half and not HALF < share < 0.35:
         raise RuntimeError(f"The student went past the half: {share:.1%}.")
-    print(f"{architecture}, {kind}: {model.num_parameters():,} parameters, {step} steps, {share:.1%}", flush=True)
+    entropy = mean_entropy(model, draw_batch(rng, tokenizer, kind))
+    size = f"{model.num_parameters():,} parameters"
+    print(f"{architecture}, {kind}: {size}, {step} steps, {share:.1%}, {entropy:.2f} nats", flush=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -135,9 +145,11 @@ def main() -> None:
     """Make all models that aren't there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="where to save them")
+    parser.add_argument("--architectures", nargs="+", default=["gpt", "qwen3"], help="of these")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="these only")
     args = parser.parse_args()
-    for architecture in ("gpt", "qwen3"):
-        for kind in KINDS:
+    for architecture in args.architectures:
+        for kind in args.kinds:
             if not (path := args.output_dir / f"chains_{architecture}_{kind}").exists():
                 make_chains_model(architecture, kind, path)
 

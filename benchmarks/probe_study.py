@@ -137,8 +137,8 @@ def run(args):
     """Probe every case, and write the table."""
     torch.set_num_threads(1)
     args.models.mkdir(parents=True, exist_ok=True)
-    for student in comparison.STUDENTS:
-        comparison.BEDS[student].prepare(args.models)
+    for student, teacher in CASES:
+        comparison.BEDS[student].prepare(teacher, args.models)
     found = {case: probe(*case, args.prompts, args.models) for case in CASES}
 
     rows = [["", *(f"{student}, {teacher}" for student, teacher in CASES)]]

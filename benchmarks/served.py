@@ -8,7 +8,6 @@ Server and client share this machine's cores. The model is a small one, of rando
 """
 
 import argparse
-import logging
 import resource
 import subprocess
 import tempfile
@@ -26,15 +25,6 @@ from trl_rlad.scoring import ServedRowScorer, TeacherScorer
 from trl_rlad.teachers import ServedTeacher
 
 
-class Counter(logging.Handler):
-    """How often something had to be asked again."""
-
-    count = 0
-
-    def emit(self, record):
-        self.count += "asked again" in record.getMessage()
-
-
 def server_memory(server: VLLM) -> float:
     """MiB of the server and its workers."""
     table = subprocess.run(["ps", "-eo", "pgid=,rss="], capture_output=True, text=True, check=True).stdout
@@ -48,8 +38,6 @@ def main():
     parser.add_argument("--tokens", type=int, default=256, help="of each row, a quarter of them its prompt")
     parser.add_argument("--batch", type=int, default=250, help="rows of a generation batch")
     args = parser.parse_args()
-    retries = Counter()
-    logging.getLogger("trl_rlad").addHandler(retries)
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = steps.save(Path(folder, "model"), *steps.SIZES["1x"])
@@ -65,7 +53,7 @@ def main():
             )
             teacher = ServedTeacher([server.url], None, config)
             scorer = TeacherScorer({"": ServedRowScorer(teacher, Accelerator(cpu=True), 1)})
-            retries.count, log = 0, []  # it was still loading
+            log, before = [], server.count_requests()
             for _ in tqdm(range(args.rows // args.batch)):
                 ids = torch.randint(4, 32, (args.batch, args.tokens), generator=generator)
                 start = args.tokens // 4
@@ -75,6 +63,7 @@ def main():
                 scorer.score(batch, batch["completion_mask"])
                 client = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 log.append((time.perf_counter() - begun, client, server_memory(server)))
+            requests = server.count_requests() - before
         finally:
             server.kill()
     print("| rows | rows/s | tokens/s | client, MiB at most | server, MiB |\n|---|---|---|---|---|")
@@ -83,7 +72,7 @@ def main():
         print(
             f"| {(number + 1) * args.batch:,} | {rate:.0f} | {rate * args.tokens:,.0f} | {client:.0f} | {served:.0f} |"
         )
-    print(f"\n{retries.count} requests had to be made again.")
+    print(f"\n{requests:.0f} requests, with the checks of every minute.")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ OF_CHAINS = {
     "pass@16": lambda runs: f"{mean(run['pass@16'] for run in runs):.1%}",
     "entropy": at_end("entropy"),
     "gated, rewarded / punished": at_end("clip_ratio/high_by_teacher", "clip_ratio/low_by_teacher"),
-    "seconds": lambda runs: f"{mean(run['seconds'] for run in runs):.0f}",
+    "CPU seconds": lambda runs: f"{mean(run['cpu_seconds'] for run in runs):.0f}",
 }
 
 
@@ -154,7 +154,7 @@ def plot(results, rates, plan, teachers, path):
     """Mean accuracy over the steps, with a band of 95%."""
     figure, axes = plt.subplots(1, len(teachers), figsize=(11, 4.5), sharey=True, squeeze=False, layout="constrained")
     for axis, teacher in zip(axes[0], teachers, strict=True):
-        for index, method in enumerate(method for method in SHOWN if method in rates):
+        for index, method in enumerate(method for method in plan.get("shown", SHOWN) if method in rates):
             runs = pick(results, method, teacher, rates[method], plan["seeds"])
             if not runs:
                 continue

@@ -31,14 +31,25 @@ class ShuffledGuide(TeacherGuide):
 
     def finish(self, batch, rewards_per_func, rows):
         batch = super().finish(batch, rewards_per_func, rows)
-        mask, seed = batch["teacher_mask"], self.trainer.state.global_step
-        order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed))
-        for name in ("teacher_per_token_logps", "teacher_top_ids", "teacher_top_logps"):
+
+        def shuffle(values):
+            generator = torch.Generator().manual_seed(self.trainer.state.global_step)
+            return values[torch.randperm(len(values), generator=generator)]
+
+        logps, mask = batch["teacher_per_token_logps"], batch["teacher_mask"]
+        batch = {**batch, "teacher_per_token_logps": logps.masked_scatter(mask, shuffle(logps[mask]))}
+        for name in ("teacher_top_ids", "teacher_top_logps"):
             if name in batch:
-                shuffled = batch[name].clone()
-                shuffled[mask] = batch[name][mask][order]
-                batch = {**batch, name: shuffled}
+                batch[name] = list(shuffle(torch.cat(batch[name])).split(list(map(len, batch[name]))))
         return batch
+
+
+class GateGuide(TeacherGuide):
+    """GRPO without the tokens that the teacher would have clipped: of RLAD's ratio the gate, and not the weight."""
+
+    def guide(self, per_token_logps, old_per_token_logps, batch):
+        causes = super().guide(per_token_logps, old_per_token_logps, batch).causes
+        return Guidance(advantages=two_dimensional(batch["advantages"]) * ~_gated(causes))
 
 
 class RandomGateGuide(TeacherGuide):
@@ -47,5 +58,9 @@ class RandomGateGuide(TeacherGuide):
     def guide(self, per_token_logps, old_per_token_logps, batch):
         causes = super().guide(per_token_logps, old_per_token_logps, batch).causes
         mask, advantages = batch["teacher_mask"], two_dimensional(batch["advantages"])
-        rate = (causes["high_by_teacher"] | causes["low_by_teacher"])[mask].float().mean().nan_to_num()
+        rate = _gated(causes)[mask].float().mean().nan_to_num()
         return Guidance(advantages=advantages * (torch.rand(mask.shape) >= rate))
+
+
+def _gated(causes):
+    return causes["high_by_teacher"] | causes["low_by_teacher"]

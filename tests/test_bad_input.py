@@ -142,6 +142,13 @@ SETTINGS = [
     ("teacher_server_urls", 8000, "an address such as"),
     ("teacher_server_urls", "http://me:secret@localhost", "environment variable `VLLM_API_KEY`"),
     ("teacher_server_urls", "http://localhost?key=secret", "environment variable `VLLM_API_KEY`"),
+    ("teacher_server_urls", "http://localhost:80000", "an address such as"),
+    ("teacher_server_urls", "http://localhost:port", "an address such as"),
+    ("teacher_server_urls", "http://[::1", "an address such as"),
+    ("teacher_server_urls", "http://a..b", "an address such as"),
+    ("teacher_server_urls", "http://local host", "an address such as"),
+    ("teacher_server_urls", "http://localhost\n", "an address such as"),
+    ("teacher_server_urls", "http://localhost#v1", "an address such as"),
     ("on_teacher_failure", "ignore", "'raise' or 'grpo'"),
     ("teacher_timeout", 0.0, "positive number of seconds"),
     ("teacher_timeout", 1e12, "at most 1000000"),
@@ -268,7 +275,25 @@ def _(place):
     place.trainer(teacher=tiny.make_model(1), teacher_server_urls="http://localhost:8000")
 
 
-@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "attempt")
+for idle in ({"teacher_offload": "cpu"}, {"teacher_zero_stage": 3}, {"teacher_model_init_kwargs": {"dtype": "auto"}}):
+    setting = ", ".join(f"`{name}={value!r}`" for name, value in idle.items())
+    refused("trainer", f"{setting} beside `teacher_server_urls`", "no effect on a teacher behind")(
+        lambda place, idle=idle: place.trainer(teacher=None, teacher_server_urls="http://localhost:1", **idle)
+    )
+
+
+@refused("trainer", "`teacher_model='http://localhost:8000'`", "pass it as `teacher_server_urls`")
+def _(place):
+    place.trainer(teacher="http://localhost:8000")
+
+
+@refused("trainer", "a `VLLM_API_KEY` that isn't ASCII", "`VLLM_API_KEY`", "can't be sent in a header")
+def _(place):
+    place.monkeypatch.setenv("VLLM_API_KEY", "op\u00e9n\nsesame")
+    place.trainer(teacher=None, teacher_server_urls="http://localhost:1")
+
+
+@refused("trainer", "`teacher_server_urls` of nobody", "localhost:1 gave no answer", "asked again and again")
 def _(place):
     place.trainer(teacher_server_urls="http://localhost:1", teacher_timeout=0.4)
 

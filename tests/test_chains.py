@@ -15,7 +15,7 @@ import make_chains
 
 def test_a_solution_is_the_digit_after_each_operator():
     operators = {"a": [1, 2, 3, 4, 5, 6, 7, 8, 9, 0], "b": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}  # one more; nine minus
-    assert chains.solve("3 a a b b a b b a", operators) == [4, 5, 4, 5, 6, 3, 6, 7]
+    assert chains.solve("a a b b a b b a 3", operators) == [4, 5, 4, 5, 6, 3, 6, 7]
 
 
 def test_operators_are_permutations_and_the_flawed_teachers_are_others():

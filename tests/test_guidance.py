@@ -85,7 +85,7 @@ def test_the_divergence_is_on_the_completions_that_have_it():
 
 def test_named_tokens_are_compared_by_the_forward_divergence():
     kl = replace(OBJECTIVE, alpha=1.0, teacher_kl_coef=1.0, teacher_kl="forward")
-    top = torch.tensor([0.6, 0.1]).log().expand(2, 2, 2)
+    top = torch.tensor([[0.6, 0.1]]).log()
     # Of the one token with the divergence: the student gives the sampled one e^-0.5, and these as much as it and half
     scores = SCORES._replace(top_logps=top, named_log_ratios=torch.tensor([[-1.0, -2.0]]))
     student = [math.exp(-1.5), math.exp(-2.5)]
@@ -222,13 +222,13 @@ def test_the_log_ratio_of_a_sequence_is_the_mean_over_its_tokens():
 
 def test_each_tokens_own_names_are_compared_or_if_there_are_none_the_sampled_one():
     kl = replace(OBJECTIVE, alpha=1.0, teacher_kl_coef=1.0, teacher_kl="forward")
-    top = torch.tensor([[[0.6, 0.1], [0.5, 0.2]], [[0.3, 0.3], [0.1, 0.1]]]).log()
+    top = torch.tensor([[0.6, 0.1], [0.5, 0.2], [0.3, 0.3]]).log()
     ratios = torch.tensor([[-1.0, -2.0], [-0.5, -1.0], [-1.0, -0.8]])
     scores = SCORES._replace(kl_on=torch.tensor([True, True]))
     penalty = run(kl, scores._replace(top_logps=top, named_log_ratios=ratios)).penalty
     expected = torch.zeros(2, 2)
-    for ratio, (row, token) in zip(ratios.tolist(), [(0, 0), (0, 1), (1, 0)], strict=True):
-        teacher = top[row, token].exp().tolist()
+    for ratio, named, (row, token) in zip(ratios.tolist(), top.exp(), [(0, 0), (0, 1), (1, 0)], strict=True):
+        teacher = named.tolist()
         student = [math.exp(x + LOGPS[row, token].item()) for x in ratio]
         pairs = zip([*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)], strict=True)
         expected[row, token] = sum(p * math.log(p / q) for p, q in pairs)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from trl import ModelConfig, TrlParser
 
@@ -127,3 +128,11 @@ def test_a_page_that_names_others_is_found_out():
     rows = ["| KDRL | `alpha=1.0, teacher_kl_coef=2e-3` |", "| KDRL | `alpha=1.0, teacher_kl_coef=5e-3` | GRPO |"]
     rows.append('| RLAD, the teacher names | `teacher_kl="reverse", teacher_kl_on=failed` |')
     assert [row for row, _ in find_contradictions("\n".join(rows))] == rows[1:]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there bf16 is TRL's default, and ours")
+def test_without_an_accelerator_bf16_is_not_the_default(parse, tmp_path):
+    # In TRL it is, and refused there
+    for arguments in (["--task", "chain_sum"], ["--model_name_or_path", "x"], ["--task", "mini", "--use_cpu", "true"]):
+        assert not parse(*arguments, "--output_dir", tmp_path)[1].bf16
+    assert parse("--task", "mini", "--bf16", "true", "--use_cpu", "true", "--output_dir", tmp_path)[1].bf16

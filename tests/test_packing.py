@@ -1,11 +1,13 @@
 """Dealing and cutting, for any token counts."""
 
+import random
+import time
 from itertools import pairwise, product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_rlad.packing import cut, cut_shared, deal, group_rows, micro_batches, sharing_pays
+from trl_rlad.packing import count_cost, cut, cut_shared, deal, group_rows, micro_batches, sharing_pays, slice_rows
 
 
 lengths = st.lists(st.integers(1, 500), max_size=60)
@@ -28,12 +30,13 @@ def test_cut_shared_loses_nothing_and_keeps_to_the_budget(prompt_length, lengths
         assert len(batch) == 1 or len(batch) * (prompt_length + longest) <= 8 * budget
 
 
-@given(lengths, st.integers(1, 8))
-def test_deal_loses_nothing_and_is_even(costs, processes):
-    hands = deal(costs, [0] * processes)
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 7)), max_size=60), st.integers(1, 8))
+def test_deal_loses_nothing_and_is_even(items, processes):
+    costs, homes = [cost for cost, _ in items], [home % processes for _, home in items]
+    hands = deal(costs, homes, [0] * processes)
     assert len(hands) == processes and sorted(i for hand in hands for i in hand) == list(range(len(costs)))
     totals = [sum(costs[i] for i in hand) for hand in hands]
-    # The last item that the fullest process got went to the one that had least: they differ by that item at most
+    # Who has more than the share got the last item as the one that had least: they differ by that item at most
     assert max(totals) - min(totals) <= max(costs, default=0)
 
 
@@ -59,7 +62,7 @@ def test_when_sharing_pays():
     assert sharing_pays(2, [1, 1]) and not sharing_pays(1, [1, 1])
 
 
-def count_cost(batches, lengths, budget):
+def padded_cost(batches, lengths, budget):
     return sum(len(batch) * max(lengths[i] for i in batch) + budget / 16 for batch in batches)
 
 
@@ -72,8 +75,26 @@ def test_no_other_cut_is_cheaper(lengths, budget):
         bounds = [0, *(i + 1 for i, bar in enumerate(bars) if bar), len(order)]
         batches = [order[start:end] for start, end in pairwise(bounds)]
         if all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget for batch in batches):
-            costs.append(count_cost(batches, lengths, budget))
-    assert count_cost(cut(lengths, budget), lengths, budget) == min(costs)
+            costs.append(padded_cost(batches, lengths, budget))
+    assert padded_cost(cut(lengths, budget), lengths, budget) == min(costs)
+
+
+def cut_by_looking_at_all(lengths, budget):
+    """The same by all starts of the last micro-batch, in quadratic time."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best = [(0.0, [])]
+    for end in range(1, len(order) + 1):
+        sizes = {start: (end - start) * lengths[order[start]] for start in range(end)}
+        fitting = [start for start in sizes if start == end - 1 or sizes[start] <= budget]
+        start = min(fitting, key=lambda start: best[start][0] + sizes[start])
+        best.append((best[start][0] + sizes[start] + budget / 16, [*best[start][1], order[start:end]]))
+    return best[-1][1]
+
+
+@settings(deadline=None)
+@given(st.one_of(lengths, st.lists(st.integers(1, 4), max_size=60)), st.integers(1, 3000))
+def test_cut_is_that_of_looking_at_all(lengths, budget):
+    assert cut(lengths, budget) == cut_by_looking_at_all(lengths, budget)
 
 
 def test_hand_worked_cut():
@@ -82,10 +103,42 @@ def test_hand_worked_cut():
 
 
 def test_hand_worked_deal():
+    # A share is 21 / 2 = 10.5. A keeps 9; 5 -> B, as 9 + 5 > 10.5; 4 -> B (5 < 9); 3 -> A or B (9 = 9): the first
+    assert deal([5, 9, 3, 4], [0, 0, 0, 0], [0, 0]) == [[1, 2], [0, 3]]
+    # Each is at home and has its share: 9 and 5 + 4
+    assert deal([5, 9, 4], [0, 1, 0], [0, 0]) == [[0, 2], [1]]
+    # Where B has 8 to do already a share is 29 / 2: A keeps 9 and 5; 4 -> B (8 < 14); 3 -> B (12 < 14)
+    assert deal([5, 9, 3, 4], [0, 0, 0, 0], [0, 8]) == [[1, 0], [3, 2]]
+    # B has more than anybody's share anyway, so that of A and C is (6 * 10 + 0) / 2
+    assert deal([10] * 6, [0] * 6, [0, 100, 0]) == [[0, 1, 2], [], [3, 4, 5]]
+
+
+def test_hand_worked_deal_without_homes():
     # 9 -> A, 5 -> B, 4 -> B (5 < 9), 3 -> A or B (9 = 9): the first
-    assert deal([5, 9, 3, 4], [0, 0]) == [[1, 2], [0, 3]]
+    assert deal([5, 9, 3, 4], None, [0, 0]) == [[1, 2], [0, 3]]
     # Where B has 8 to do already: 9 -> A, 5 -> B (8 < 9), 4 -> A (9 < 13), 3 -> A or B (13 = 13)
-    assert deal([5, 9, 3, 4], [0, 8]) == [[1, 3, 2], [0]]
+    assert deal([5, 9, 3, 4], None, [0, 8]) == [[1, 3, 2], [0]]
+
+
+def test_hand_worked_cost():
+    # With 12 H = 12: a row of 3 + 9 tokens takes 12 + 144 / 12; without the prompt, which runs once, 12 + 12 - 3
+    assert count_cost(3, [9], 1) == 24 and count_cost(3, [9, 9], 1) == 24 + 21
+
+
+def test_a_slice_is_full_or_one_row():
+    assert slice_rows([3, 3, 4, 1, 20, 2], 10) == [[0, 1, 2], [3], [4], [5]] and slice_rows([], 10) == []
+
+
+def test_dealing_and_cutting_take_no_time_at_scale():
+    generator = random.Random(0)
+    costs = [int(min(max(generator.expovariate(1 / 16000), 8), 131072)) for _ in range(65_536)]
+    for work in (lambda: deal(costs, [i // 64 for i in range(65_536)], [0] * 1024), lambda: cut(costs[:4096], 131072)):
+        seconds = []
+        for _ in range(3):
+            start = time.process_time()
+            work()
+            seconds.append(time.process_time() - start)
+        assert min(seconds) < 0.3  # 0.06 and 0.02 on a core of its own
 
 
 @given(st.lists(st.tuples(st.integers(1, 99), st.integers(0, 99)), max_size=40), st.integers(1, 5), st.integers(1, 4))

@@ -437,10 +437,10 @@ def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_settings_of_grpo_are_compared_too(checkpoint, student_path, teacher_path, tmp_path, caplog):
-    kwargs = {"loss_type": "grpo", "learning_rate": 0.5, "vllm_server_port": 1, "log_unique_prompts": True}
+    kwargs = {"epsilon": 0.3, "learning_rate": 0.5, "vllm_server_port": 1, "log_unique_prompts": True}
     make_trainer(student_path, teacher_path, tmp_path, max_steps=3, **kwargs).train(str(checkpoint))
     (said,) = [record.getMessage() for record in caplog.records if "settings have changed" in record.getMessage()]
-    assert "`loss_type` from dapo to grpo" in said and "`learning_rate` from" in said and said.count("from") == 2
+    assert "`epsilon` from 0.2 to 0.3" in said and "`learning_rate` from" in said and said.count("from") == 2
 
 
 def test_a_checkpoint_without_a_record_is_said(checkpoint, student_path, teacher_path, tmp_path, caplog):

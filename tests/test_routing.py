@@ -58,8 +58,9 @@ def assert_scores(trainer, path_of, prompt_of=lambda row: row["prompt"]):
             torch.testing.assert_close(batch["teacher_per_token_logps"][i][mask], scores[mask], rtol=0, atol=1e-5)
             if "teacher_top_ids" in batch:
                 ids, logps = batch["teacher_top_ids"][i], batch["teacher_top_logps"][i]
-                given = mask.unsqueeze(1) & logps.isfinite()  # the student doesn't share all of the teacher's tokens
-                for theirs in (expected.gather(1, ids), expected.topk(3).values):
+                assert len(ids) == mask.sum()
+                given, expected = logps.isfinite(), expected[mask]  # not all of the teacher's tokens are shared
+                for theirs in (expected.gather(1, ids.long()), expected.topk(3).values):
                     torch.testing.assert_close(logps[given], theirs[given], rtol=0, atol=1e-5)
     return asked
 

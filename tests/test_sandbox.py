@@ -38,9 +38,11 @@ def test_right_and_wrong_answers(spiral):
     assert sandbox.failures == before
 
 
-CLAIMS = ["b'1.0\\n'", "__import__('struct').pack('d', 1.0)", "__import__('struct').pack('Qd', 2, 1.0)"]
+PACK = "__import__('struct').pack"
+CLAIMS = ["b'1.0\\n'", f"{PACK}('d', 1.0)", f"{PACK}('Qd', 2, 1.0)"]
 OS, MAIN = "__import__('os')", "__import__('sys').modules['__main__']"
 HERE = "__import__('sys')._getframe({})"
+NUMBER = f"{HERE.format(3)}.f_locals['number']"  # of the request, if the frames of the process are this many
 # Python that answers are tried with. Each harms, or gives a score, where it runs
 ATTACKS = [
     # Write to every descriptor, a score or half of it, close it, read from it
@@ -52,6 +54,8 @@ ATTACKS = [
     "open('/proc/self/fd/1', 'wb').write(b'1.0')",
     f"open(f'/proc/{{{OS}.getppid()}}/fd/4', 'wb').write(b'1.0')",
     "print('1.0')",
+    # A reply for the next answer behind its own
+    *(f"{OS}.write({file}, {PACK}('QdQd', {NUMBER}, 0.0, {NUMBER} + 1, 0.0))" for file in range(10)),
     # No numbers, or out of range
     *(f"setattr({HERE.format(1)}.f_locals['self'].__class__, 'score_answer', lambda *_: {x})" for x in CLAIMS),
     *(f"setattr({MAIN}, 'float', lambda _: {value})" for value in ("float('nan')", "float('inf')", "1e30", "-1.0")),
@@ -132,16 +136,21 @@ class UnguardedSandbox(Sandbox):
     """One whose scorers do run the answers."""
 
     program = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {ALONE!r}); import sandbox\n"
-               "sandbox.evaluate = eval\nsandbox.serve()"]  # fmt: skip
+               "sys.modules['__main__'] = sandbox\nsandbox.evaluate = eval\nsandbox.serve()"]  # fmt: skip
 
 
 def try_attacks(sandbox, entry, folder):
     """The scores of all attacks. Before and after each, the right answer has its own."""
     right = entry["answer"]
+    assert sandbox.score([right], [entry]) == [1.0]
+    worker = sandbox.workers.get()
+    sandbox.workers.put(worker)
     answers = [answer.replace("PATH", str(folder / "file")) for attack in ATTACKS for answer in (right, attack)]
     scores = sandbox.score([*answers, right, str(right.split())], [entry] * (len(answers) + 2))
     assert scores[::2] == [1.0] * (len(ATTACKS) + 1) and scores.pop() == 0.1
     assert not (folder / "file").exists()
+    assert sandbox.workers.get() is worker  # it has never been in doubt
+    sandbox.workers.put(worker)
     return scores[1::2]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from trl_rlad import TeacherScorer
-from trl_rlad.scoring import RowScorer
+from trl_rlad.scoring import RowScorer, row_scorer
 from trl_rlad.teachers import LocalTeacher, TokenContract, TokenScores
 
 
@@ -90,6 +90,35 @@ class CountingTeacher:
 
     def release(self):
         self.released = True
+
+
+def test_no_more_than_a_slice_is_scored_at_once(monkeypatch, tmp_path, teacher_path):
+    batch, teacher, sizes = make_batch(rows=20), make_teacher(teacher_path, tmp_path), []
+    batch = {name: torch.cat([value, value[:5]]) for name, value in batch.items()}  # equal rows in other slices
+    scorer = tiny.make_scorer(teacher, 1000)
+    monkeypatch.setattr(row_scorer, "SLICE", 30)
+    monkeypatch.setattr(
+        RowScorer,
+        "_score_here",
+        lambda self, rows, top_k, score=RowScorer._score_here: (
+            sizes.append(sum(map(len, rows))) or score(self, rows, top_k)
+        ),
+    )
+    scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
+    torch.testing.assert_close(scores, naive_scores(teacher_path, batch, 1.0), rtol=0, atol=1e-5)
+    assert len(sizes) > 4 and max(sizes) <= 30
+
+
+def test_only_the_rows_that_can_use_them_keep_their_named_tokens(tmp_path, teacher_path):
+    batch, teacher = make_batch(), make_teacher(teacher_path, tmp_path)
+    scorer, mask = tiny.make_scorer(teacher, 1000, nameable_ids=range(40)), batch["completion_mask"]
+    every = scorer.score(batch, mask, 3)
+    keeps = torch.arange(7) % 3 == 0
+    some = scorer.score(batch, mask, 3, keeps_names=keeps)
+    for name in ("teacher_top_ids", "teacher_top_logps"):
+        for one, other, is_kept in zip(every.pop(name), some.pop(name), keeps.tolist(), strict=True):
+            assert torch.equal(other, one if is_kept else one[:0])
+    assert all(torch.equal(every[name], some[name]) for name in every)
 
 
 def test_rows_and_tokens_that_are_not_wanted_are_left_out():
@@ -264,12 +293,12 @@ def assert_names(scores, path, batch, k, temperature=1.0, shared=40):
     """
     mask = batch["completion_mask"].bool()
     expected = naive_log_probs(path, batch, temperature)[mask].topk(k)
-    assert scores["teacher_top_ids"].shape == scores["teacher_top_logps"].shape == (*mask.shape, k)
+    ids, logps = scores["teacher_top_ids"], scores["teacher_top_logps"]
+    assert list(map(len, ids)) == list(map(len, logps)) == mask.sum(1).tolist()
     is_shared = expected.indices < shared
-    assert torch.equal(scores["teacher_top_ids"][mask], expected.indices.where(is_shared, 0))
+    assert torch.equal(torch.cat(ids), expected.indices.where(is_shared, 0).int())
     expected = expected.values.masked_fill(~is_shared, -float("inf"))
-    torch.testing.assert_close(scores["teacher_top_logps"][mask], expected, rtol=0, atol=1e-5)
-    assert not scores["teacher_top_ids"][~mask].any() and scores["teacher_top_logps"][~mask].isneginf().all()
+    torch.testing.assert_close(torch.cat(logps), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(
         scores["teacher_per_token_logps"], naive_scores(path, batch, temperature), rtol=0, atol=1e-5
     )
@@ -296,7 +325,8 @@ def test_a_token_the_student_does_not_share_is_not_named(tmp_path, teacher_path)
     everything = tiny.make_scorer(teacher, 1000, nameable_ids=range(40))
     shared = tiny.make_scorer(teacher, 1000, nameable_ids=range(4, 20))
     everything, shared = (scorer.score(batch, batch["completion_mask"], 5) for scorer in (everything, shared))
-    known = (everything["teacher_top_ids"] >= 4) & (everything["teacher_top_ids"] < 20)
+    ids, logps = (torch.cat(everything[f"teacher_top_{name}"]) for name in ("ids", "logps"))
+    known = (ids >= 4) & (ids < 20)
     assert 0 < known.sum() < known.numel()
-    assert torch.equal(shared["teacher_top_ids"], everything["teacher_top_ids"].where(known, 0))
-    assert torch.equal(shared["teacher_top_logps"], everything["teacher_top_logps"].masked_fill(~known, -float("inf")))
+    assert torch.equal(torch.cat(shared["teacher_top_ids"]), ids.where(known, 0))
+    assert torch.equal(torch.cat(shared["teacher_top_logps"]), logps.masked_fill(~known, -float("inf")))

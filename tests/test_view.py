@@ -354,6 +354,9 @@ FOREIGN = {
     "short": [record() | {"logps": []}],
     "blank": [record() | {"reward": None}],
     "silent": [record() | {"logps": [None]}],
+    "no tokens": [record() | {"tokens": None}, record()],
+    "no teacher": [record() | {"teacher_logps": None}, record()],
+    "no log-probability": [record() | {"teacher_logps": [900.0]}],
     "other cause": [record(clipped=3)],
     "no list": [record() | {"tokens": "ok"}],
 }

@@ -20,7 +20,7 @@ from test_teacher_scorer import assert_names, make_batch, naive_scores
 from transformers import TrainerCallback
 
 from trl_rlad import RLADTrainer
-from trl_rlad.teachers import ServedTeacher
+from trl_rlad.teachers import ServedTeacher, client
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.slow
 class VLLM:
     """A server, and the processes that belong to it."""
 
-    def __init__(self, model, folder):
+    def __init__(self, model, folder, port=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", Path(folder, f"{port}.log")
+            port = port or free.getsockname()[1]
+        self.port, self.url, self.log = port, f"http://127.0.0.1:{port}", Path(folder, f"{port}.log")
         command = [
             ROOT / "examples" / "serve_teacher.sh",
             model,
@@ -104,7 +104,7 @@ def test_three_steps_are_those_of_a_local_teacher(mode, ready, student_path, tea
     served = train(student_path, None, tiny.make_dataset(), tmp_path, teacher_server_urls=urls, **mode)
     for ours, theirs in zip(local.model.parameters(), served.model.parameters(), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
-    # Two for the handshake, and a share of what was to be scored
+    # One for the handshake, and a share of what was to be scored
     assert all(server.count_requests() - count > 5 for server, count in zip(ready, before, strict=True))
 
 
@@ -143,8 +143,50 @@ def test_a_server_that_dies_in_the_middle_does_not_lose_the_run(ready, student_p
     kill = KillAt(ready[0], 4)
     trainer = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset(), callbacks=[kill])
     shares = [server.count_requests() - count for server, count in zip(ready, before, strict=True)]
-    assert shares == [2, 2]  # the handshake
+    assert shares == [1, 1]  # the handshake
     start = time.monotonic()
     trainer.train()
     assert trainer.state.global_step == 8 and ready[0].process.wait(5) == -signal.SIGKILL
     assert time.monotonic() - start < 60.0
+
+
+class KillInBatch:
+    """Kill the server, in each of these steps, while some rows of the batch are answered and others aren't, and start
+    one of another path in its place."""
+
+    __name__ = "reward"
+
+    def __init__(self, server, paths):
+        self.server, self.paths, self.answered = server, paths, []
+
+    def __call__(self, completion_ids, trainer_state, **kwargs):
+        if path := self.paths.pop(trainer_state.global_step, None):
+            rows = list(self.trainer.teacher_scorer.scorers[""]._sent.values())
+            while not any(row.done() for row in rows):
+                time.sleep(0.001)
+            self.server.kill()
+            self.answered.append((sum(row.done() for row in rows), len(rows)))
+            self.server = VLLM(path, self.server.log.parent, self.server.port)
+        return tiny.reward(completion_ids)
+
+
+def test_a_server_that_is_started_again_in_the_middle_of_a_batch(student_path, teacher_path, tmp_path, monkeypatch):
+    """With the same weights the run goes on with a local teacher's numbers; with others it ends with that reason."""
+    monkeypatch.setattr(client, "IN_FLIGHT", 1)  # so that a batch takes a while
+    settings = {"per_device_train_batch_size": 8, "max_steps": 4}
+    local = train(student_path, teacher_path, tiny.make_dataset(), tmp_path, **settings)
+    other = tiny.save_model(tmp_path / "other", seed=2, hidden_size=32, vocab_size=40, head_dim=32)
+    kill = KillInBatch(VLLM(teacher_path, tmp_path), {1: teacher_path, 3: other})
+    try:
+        args = make_args(tmp_path, kill.server.url, patience=600.0, save_strategy="steps", save_steps=3, **settings)
+        kill.trainer = trainer = RLADTrainer(student_path, kill, args, tiny.make_dataset())
+        with pytest.raises(ValueError, match="nats apart from before .* doesn't serve the model with which"):
+            trainer.train()
+    finally:
+        kill.server.kill()
+    assert trainer.state.global_step == 3 and all(0 < done < rows for done, rows in kill.answered)
+    names = ("loss", "reward", "teacher/log_ratio", "grad_norm")
+    logs = [[log for log in each.state.log_history if "loss" in log] for each in (trainer, local)]
+    for ours, theirs in zip(*logs, strict=False):
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3, abs=1e-5)
+    assert len(logs[0]) == 3

@@ -198,19 +198,20 @@ def expect_metrics(trainer):
             logits = model(**inputs).logits[:, -batch["completion_ids"].size(1) - 1 : -1].double()
         logps = (logits / args.temperature).log_softmax(-1)
         x = logps.gather(2, batch["completion_ids"][:, :, None])[:, :, 0] - batch["teacher_per_token_logps"]
-        if "teacher_top_ids" in batch:
-            teacher, student = batch["teacher_top_logps"].double(), logps.gather(2, batch["teacher_top_ids"])
+        mask = batch["teacher_mask"]
+        rows = (
+            batch["teacher_kl_on"][:, None] if "teacher_kl_on" in batch and args.distillation_fraction == 0.0 else True
+        )
+        if "teacher_top_ids" in batch:  # of the rows that have the divergence
+            teacher, ids = (torch.cat(batch[f"teacher_top_{name}"]) for name in ("logps", "ids"))
+            teacher, student = teacher.double(), logps[mask & rows].gather(1, ids.long())
             p, q = (each.exp().where(teacher.isfinite(), 0.0) for each in (teacher, student))
             rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
             kl = (p * (teacher - student)).where(teacher.isfinite(), 0.0).sum(-1) + rest_p * (rest_p / rest_q).log()
         else:
             clip = args.teacher_log_ratio_clip or float("inf")
-            kl = torch.where(x.abs() < clip, x**2 / 2, clip * (x.abs() - clip / 2))
-        mask = batch["teacher_mask"]
-        rows = (
-            batch["teacher_kl_on"][:, None] if "teacher_kl_on" in batch and args.distillation_fraction == 0.0 else True
-        )
-        expected.append({"teacher/log_ratio": x[mask].mean().item(), "teacher/kl": kl[mask & rows].mean().item()})
+            kl = torch.where(x.abs() < clip, x**2 / 2, clip * (x.abs() - clip / 2))[mask & rows]
+        expected.append({"teacher/log_ratio": x[mask].mean().item(), "teacher/kl": kl.mean().item()})
         return compute_loss(model, batch, *rest, **kwargs)
 
     trainer.compute_loss = watched

@@ -74,7 +74,8 @@ def describe_settings(args: RLADConfig) -> dict[str, Any]:
     names = {field.name for field in fields(RLADConfig)} - {field.name for field in fields(TrainingArguments)}
     names = {name for name in names if not _WITHOUT_EFFECT.fullmatch(name)} | _OF_TRAINING
     settings = {name: value for name, value in args.to_dict().items() if name in names}
-    return json.loads(json.dumps(settings, default=str))  # a dtype is an object
+    # A dtype is an object; that of others has an address, which differs in each process
+    return json.loads(json.dumps(settings, default=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value))))
 
 
 class RunRecord(TrainerCallback):

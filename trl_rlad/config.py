@@ -37,6 +37,16 @@ def _is_count(value):
     return isinstance(value, int) and value >= 1
 
 
+def _is_address(url):
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname.encode("idna").decode(), parts.port  # which raise what isn't any
+    except (AttributeError, TypeError, ValueError):
+        return False
+    is_host = re.fullmatch(r"[\w.-]+|[0-9a-f:.]+", host) and not re.search(r"[\s#]", url)
+    return parts.scheme in ("http", "https") and port != 0 and bool(is_host)
+
+
 def _optional(holds):
     return lambda value: value is None or holds(value)
 
@@ -161,7 +171,7 @@ class RLADConfig(GRPOConfig):
         teacher_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds within which all processes must have come to the scoring of a rollout batch, and again to its end.
             A process that is stuck is then named, and training ends. Servers are given half of it, to be ready at the
-            start and to answer.
+            start, to be started again and to answer.
         teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
             Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
             teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed
@@ -259,13 +269,12 @@ class RLADConfig(GRPOConfig):
         if self.teacher_server_urls is None:
             return
         for url in (url for urls in self.teacher_servers.values() or [[]] for url in urls or [urls]):
-            parts = urlsplit(url) if isinstance(url, str) else None
-            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            if not _is_address(url):
                 raise ValueError(
                     "`teacher_server_urls` must be an address such as 'http://localhost:8000', a list of them, or a "
                     f"dictionary of either by name, but has {url!r}."
                 )
-            if parts.username is not None or parts.query:
+            if "@" in urlsplit(url).netloc or "?" in url:
                 raise ValueError(
                     "A key in `teacher_server_urls` would be saved with the settings of the run. Set the environment "
                     "variable `VLLM_API_KEY` instead."

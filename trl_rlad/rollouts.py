@@ -181,7 +181,7 @@ def read_rollouts(path: str | Path) -> list[dict]:
     for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
         try:
             records += _read(file)
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, TypeError, ValueError, pa.ArrowException) as error:
             warnings.warn(f"{file} isn't a whole file of rollouts, so it is passed over: {error}", stacklevel=2)
     return records
 
@@ -190,16 +190,16 @@ def _read(file: Path) -> list[dict]:
     table, types = pq.read_table(file), TYPES | {"clipped": pa.list_(pa.int64())}
     if missing := TYPES.keys() - set(table.column_names):
         raise ValueError(f"it has no column {sorted(missing)[0]}")
-    records = table.cast(
-        pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
-    ).to_pylist()
+    schema = pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
+    records = table.cast(schema).to_pylist()
     for record in records:
-        lists = [
-            record[name] for name in ("tokens", "logps", "teacher_logps", "clipped") if record.get(name) is not None
-        ]
+        length = len(record["tokens"])
+        clipped, teacher_logps = (record.get(name) or [None] * length for name in ("clipped", "teacher_logps"))
+        lengths = {length, len(record["logps"]), len(teacher_logps), len(clipped)}
+        logps = record["logps"] + [x for x in teacher_logps if x is not None]
         values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
-        if None in [*values, *record["tokens"], *record["logps"]] or len(set(map(len, lists))) > 1:
-            raise ValueError("not every token has its values")
-        if not set(record.get("clipped") or ()) <= set(range(len(CLIPPED))):
-            raise ValueError("its column clipped has other values")
+        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"]]
+        kinds = {None, *range(len(CLIPPED))}
+        if not is_whole or not all(x <= 1.0 for x in logps) or not set(clipped) <= kinds:
+            raise ValueError("not every token has what belongs to it")
     return records

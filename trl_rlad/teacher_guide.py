@@ -16,7 +16,6 @@ from .lm_head import LMHead
 from .objective.clipping import Clipping
 from .objective.guidance import Guidance, Scores, guide, kl_mask, two_dimensional
 from .objective.schedule import Terms
-from .objective.teacher_kl import named_entropy
 from .rollouts import RolloutLog
 from .scoring import TeacherScorer
 
@@ -80,16 +79,19 @@ class TeacherGuide(Guide):
             return {**batch, "teacher_mask": torch.zeros_like(batch["completion_mask"], dtype=torch.bool)}
         # Without advantage a token contributes nothing to the policy term, whatever the teacher says
         wanted = (two_dimensional(batch["advantages"]) != 0) & terms.scores_advantages
+        has_kl = None
         if terms.has_kl:
             batch = {**batch, "teacher_kl_on": self.select_for_kl(rewards_per_func)}
-            wanted = wanted | batch["teacher_kl_on"].unsqueeze(1) | terms.distilling
+            has_kl = batch["teacher_kl_on"] | terms.distilling
+            wanted = wanted | has_kl.unsqueeze(1)
         if any("teacher_weight" in row for row in rows):
             weights = read_weights([row.get("teacher_weight") for row in rows], IN_BATCH)
             batch = {**batch, "teacher_weight": weights.to(batch["advantages"].device)}
             wanted = wanted & (batch["teacher_weight"] > 0.0).unsqueeze(1)
         prompts = self._prompts if self.scorer.has_begun else self.teacher_prompts(rows)
-        scores = self.scorer.score(batch, loss_mask(batch) * wanted, terms.top_k, prompts, self.teacher_ids(rows))
-        self._log_scoring(batch, scores)
+        mask = loss_mask(batch) * wanted
+        scores = self.scorer.score(batch, mask, terms.top_k, prompts, self.teacher_ids(rows), has_kl)
+        self._log_scoring(scores)
         return {**batch, **scores}
 
     def watch_forward(self, model, batch):
@@ -99,12 +101,12 @@ class TeacherGuide(Guide):
         model = self.trainer.accelerator.unwrap_model(model)
         head = LMHead(model.get_base_model() if is_peft_model(model) else model, self.trainer.temperature)
         mask = kl_mask(terms, batch["teacher_mask"], batch["teacher_kl_on"])
-        ids, top_ids = batch["completion_ids"], batch["teacher_top_ids"]
+        ids, top_ids = batch["completion_ids"], select_named(batch["teacher_top_ids"], mask)
 
         def look_up(hidden_states):
             # Over prompt and completion, the state at position t predicts token t + 1
             states = hidden_states[:, -ids.size(1) - 1 : -1]
-            batch["named_log_ratios"] = head.log_ratios(states[mask], ids[mask], top_ids[mask])
+            batch["named_log_ratios"] = head.log_ratios(states[mask], ids[mask], top_ids)
 
         return head.on_hidden_states(look_up)
 
@@ -121,7 +123,7 @@ class TeacherGuide(Guide):
         if trainer.loss_type in CLIPPED_LOSS_TYPES:
             level = trainer.importance_sampling_level
             clipping = Clipping(trainer.epsilon_low, trainer.epsilon_high, level, loss_mask(batch))
-        scores = self.read_scores(batch)
+        scores = self.read_scores(batch, terms)
         guidance = guide(terms, per_token_logps, old_per_token_logps, scores, batch["advantages"], clipping)
         if self.scorer is not None:
             trainer.log_value("teacher/kl_coef", terms.kl_coef)
@@ -131,15 +133,19 @@ class TeacherGuide(Guide):
         return guidance
 
     @staticmethod
-    def read_scores(batch: dict) -> Scores | None:
+    def read_scores(batch: dict, terms: Terms) -> Scores | None:
         """The teacher's scores in a micro-batch; `None` where it has been asked for none."""
         if "teacher_per_token_logps" not in batch:
             return None
+        top_logps = None
+        if "named_log_ratios" in batch:
+            mask = kl_mask(terms, batch["teacher_mask"], batch["teacher_kl_on"])
+            top_logps = select_named(batch["teacher_top_logps"], mask)
         return Scores(
             batch["teacher_per_token_logps"],
             batch["teacher_mask"],
             batch.get("teacher_kl_on"),
-            batch.get("teacher_top_logps"),
+            top_logps,
             batch.get("named_log_ratios"),
             batch["teacher_weight"].unsqueeze(1) if "teacher_weight" in batch else None,
         )
@@ -191,7 +197,7 @@ class TeacherGuide(Guide):
                 if scores := [pass_at_k(n, count, k) for n, count in zip(*counts, strict=True) if n >= k]:
                     trainer.log_value(f"rewards/{name}/pass@{k}", mean(scores))
 
-    def _log_scoring(self, batch, scores):
+    def _log_scoring(self, scores):
         trainer = self.trainer
         trainer.log_value("teacher/scoring_time", self.scorer.seconds)
         if trainer.args.on_teacher_failure == "grpo":
@@ -200,9 +206,11 @@ class TeacherGuide(Guide):
         if "teacher_index" in scores:
             for name, scorer in self.scorer.scorers.items():
                 trainer.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
-        if "teacher_top_logps" in scores:
-            values = describe_naming(batch, scores)
-            trainer.log_means({f"teacher/{name}": (value, scores["teacher_mask"]) for name, value in values.items()})
+        if "teacher_top_ids" in scores:
+            names = ("entropy", "top1")
+            trainer.log_means(
+                {f"teacher/{name}": (scores.pop(f"teacher_{name}"), scores["teacher_mask"]) for name in names}
+            )
 
     def _of_each_teacher(self, tokens, batch):
         """The log-ratio of each of several teachers, and its share of the tokens."""
@@ -217,9 +225,6 @@ class TeacherGuide(Guide):
         return metrics
 
 
-def describe_naming(batch: dict, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """How the teacher names: its `entropy` in nats, and whether the sampled token is its likeliest, `top1`, `float32`
-    of shape `(B, T)`, meant where the teacher has scored."""
-    top_ids, top_logps = scores["teacher_top_ids"][..., 0], scores["teacher_top_logps"]
-    is_top1 = (top_ids == batch["completion_ids"]) & top_logps[..., 0].isfinite()
-    return {"entropy": named_entropy(top_logps), "top1": is_top1.float()}
+def select_named(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """What the teacher names at the tokens of `mask`, `(N, k)`: `parts` has it for all tokens of each row, or none."""
+    return torch.cat([part if is_on else part[:0] for part, is_on in zip(parts, mask.any(1).tolist(), strict=True)])

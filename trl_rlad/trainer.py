@@ -22,7 +22,7 @@ from .rollouts import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide
-from .teachers import TokenContract, create_teacher
+from .teachers import TokenContract, check_settings_of_servers, create_teacher
 from .teachers.contract import PROMPTS_TO_MEASURE
 
 
@@ -261,6 +261,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             "or name its server in `teacher_server_urls`, or set `alpha=1.0` without a `teacher_kl_coef` or "
             "`distillation_fraction` to train with GRPO."
         )
+    if servers.keys() >= teachers.keys():
+        check_settings_of_servers(args)
     if any(_share_weights(model, each) for each in teachers.values()):
         raise ValueError(
             "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "

@@ -16,7 +16,7 @@ class Scores(NamedTuple):
     logps: torch.Tensor  # (B, T), of the sampled tokens
     mask: torch.Tensor  # (B, T), bool: tokens that the teacher has scored
     kl_on: torch.Tensor | None = None  # (B,), bool: completions that have the divergence
-    top_logps: torch.Tensor | None = None  # (B, T, k), of its likeliest tokens, if it names them
+    top_logps: torch.Tensor | None = None  # (N, k), of its likeliest tokens, if it names them
     named_log_ratios: torch.Tensor | None = None  # (N, k), the student's log p(named) - log p(sampled)
     weight: torch.Tensor | None = None  # (B, 1), factor in [0, 1] of all that the teacher adds
 
@@ -102,7 +102,7 @@ def _divergence(terms, logps, scores, mask):
     if scores.top_logps is None or scores.named_log_ratios is None:
         kl = reverse_kl(logps[mask], scores.logps[mask], terms.teacher_log_ratio_clip)
     else:
-        kl = forward_kl(scores.named_log_ratios + logps[mask].unsqueeze(-1), scores.top_logps[mask])
+        kl = forward_kl(scores.named_log_ratios + logps[mask].unsqueeze(-1), scores.top_logps)
     return torch.zeros_like(logps).masked_scatter(mask, kl)
 
 

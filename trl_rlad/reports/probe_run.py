@@ -18,7 +18,7 @@ from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
 from ..rollouts import describe_rollouts
-from ..teacher_guide import TeacherGuide, describe_naming
+from ..teacher_guide import TeacherGuide
 from ..trainer import RLADTrainer
 
 
@@ -106,9 +106,7 @@ class ProbeGuide(TeacherGuide):
             "logps": per_token_logps.float(),
             "teacher_logps": batch["teacher_per_token_logps"].masked_fill(~mask, float("nan")),
         }
-        columns |= {
-            name: value.masked_fill(~mask, float("nan")) for name, value in describe_naming(batch, batch).items()
-        }
+        columns |= {name: batch[f"teacher_{name}"].masked_fill(~mask, float("nan")) for name in ("entropy", "top1")}
         self.records += [{"step": 0, **each} for each in describe_rollouts(batch, self.trainer.tokenizer, columns)]
         return Guidance()
 

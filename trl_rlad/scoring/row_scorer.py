@@ -1,24 +1,25 @@
-"""The rows of all processes, dealt out evenly and scored by one teacher in micro-batches."""
+"""The rows of one teacher, scored in slices and micro-batches."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import accumulate, chain
 from threading import Lock
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ..packing import cut, cut_shared, deal, group_rows
+from ..packing import cut, cut_shared, group_rows, slice_rows
 from ..teachers import Teacher, TokenContract, TokenScores
+from .exchange import exchange
 from .rows import Row
 
 
 logger = get_logger(__name__)
 
+# Tokens of each process that are sent around and scored at once: with eight named tokens, 80 MB
+SLICE = 2**20
 ONE_AT_A_TIME = Lock()  # of several teachers that score early: they share the device, and DeepSpeed's configuration
 
 
@@ -75,37 +76,35 @@ class RowScorer:
             self._early = dict(zip(different, scores.result(), strict=True))
             self._waited = time.perf_counter() - start
 
-    def score(self, rows: list[Row], top_k: int = 0) -> list[TokenScores | None]:
-        """The scores of this process's rows, `None` where the teacher had no answer. Equal rows are scored once, and
-        those that were scored early not again. All processes call it at once, also without rows."""
+    def score(self, rows: list[Row], top_k: int = 0) -> Iterator[tuple[list[int], TokenScores | None]]:
+        """
+        Yield scores, each with the numbers of this process's rows whose they are; `None` where the teacher had no
+        answer. Equal rows are scored once, and those that were scored early not again. All processes call it at once,
+        also without rows.
+        """
         start = time.perf_counter()
-        keys = [row.key for row in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._early}
-        scores = self._score_with_all_processes(list(missing.values()), top_k)
-        known = self._early | dict(zip(missing, scores, strict=True))
-        self._early = {}
+        numbers: dict[tuple, list[int]] = {}
+        for number, row in enumerate(rows):
+            numbers.setdefault(row.key, []).append(number)
+        early, self._early = self._early, {}
+        missing = [equal for key, equal in numbers.items() if key not in early]
+        yield from ((equal, early[key]) for key, equal in numbers.items() if key in early)
+        early.clear()
+        yield from zip(missing, self._score_slices([rows[equal[0]] for equal in missing], top_k), strict=True)
         self.seconds, self._waited = time.perf_counter() - start + self._waited, 0.0
-        return [known[key] for key in keys]
 
-    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> Sequence[TokenScores | None]:
-        """Score this process's rows, after those of all processes have been dealt out evenly among them."""
+    def _score_slices(self, rows: list[Row], top_k: int) -> Iterable[TokenScores | None]:
+        """Score rows, those of all processes together, no more at once than fit into a slice."""
+        slices = slice_rows([len(row) for row in rows], SLICE)
+        counts = self.accelerator.gather(torch.tensor([len(slices)], device=self.accelerator.device))
+        slices += [[]] * (int(counts.max()) - len(slices))
+        for numbers in slices:
+            yield from self._score_with_all_processes([rows[i] for i in numbers], top_k)
+
+    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         if self.accelerator.num_processes == 1:
             return self._score_here(rows, top_k)
-        rank = self.accelerator.process_index
-        # Rows with images stay here: their tensors are a thousand times the size of their tokens
-        at_home = [row for row in rows if row.images]
-        everyone = self._all_gather(([row for row in rows if not row.images], sum(map(len, at_home))))
-        everyones_rows, loads = zip(*everyone, strict=True)
-        first = [0, *accumulate(map(len, everyones_rows))][rank]
-        every_row = list(chain.from_iterable(everyones_rows))
-        groups = self._group(every_row)
-        costs = [sum(len(every_row[i]) for i in group) for group in groups]
-        mine = [i for group in deal(costs, loads)[rank] for i in groups[group]]
-        scores = self._score_here([every_row[i] for i in mine] + at_home, top_k)
-        scores = [TokenScores(*(part.cpu() for part in score)) for score in scores]
-        dealt = dict(chain.from_iterable(self._all_gather(list(zip(mine, scores, strict=False)))))
-        texts, images = (dealt[i] for i in range(first, len(dealt))), iter(scores[len(mine) :])
-        return [next(images if row.images else texts) for row in rows]
+        return exchange(rows, lambda dealt: self._score_here(dealt, top_k), self.teacher, top_k, self.accelerator)
 
     def _score_here(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         """Score rows in this process, in micro-batches."""
@@ -175,11 +174,6 @@ class RowScorer:
             [len(row.prompt) for row in rows],
             [len(row.completion) for row in rows],
         )
-
-    def _all_gather(self, item):
-        everyone = [None] * self.accelerator.num_processes
-        dist.all_gather_object(everyone, item)
-        return everyone
 
 
 def _pick(items: list, batches: list[list[int]]) -> list[list]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from .._trl.names import split_images
 from ..columns import IN_BATCH, number_teachers
+from ..objective.teacher_kl import named_entropy
 from ..teachers import Teacher
 from .row_scorer import RowScorer
 from .rows import Row, make_row, unpad
@@ -94,8 +96,8 @@ class TeacherScorer(TrainerCallback):
             completion = torch.tensor(ids, dtype=torch.long)
             wanted = torch.tensor(mask, dtype=torch.bool) & self._contracts[number].is_known(completion)
             self._rows.append(make_row(torch.tensor(prompt, dtype=torch.long), completion, wanted))
-        for scorer, rows in self._by_scorer(self._rows, self._numbers):
-            scorer.begin(rows, top_k)
+        for scorer, mine in self._by_scorer(self._rows, self._numbers):
+            scorer.begin(list(mine.values()), top_k)
 
     @contextmanager
     def score_early(self) -> Iterator[None]:
@@ -103,8 +105,8 @@ class TeacherScorer(TrainerCallback):
         when the body has ended. No process waits for another one meanwhile, since the body may: each scores its own
         rows, and a sharded teacher, which needs all processes, scores none."""
         with ExitStack() as stack:
-            for scorer, rows in self._by_scorer(self._rows or [], self._numbers):
-                stack.enter_context(scorer.score_early(rows, self._top_k))
+            for scorer, mine in self._by_scorer(self._rows or [], self._numbers):
+                stack.enter_context(scorer.score_early(list(mine.values()), self._top_k))
             yield
 
     def score(
@@ -114,7 +116,8 @@ class TeacherScorer(TrainerCallback):
         top_k: int = 0,
         prompts: Sequence[Sequence[int] | None] | None = None,
         teacher_ids: Sequence[str | None] | None = None,
-    ) -> dict[str, torch.Tensor]:
+        keeps_names: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """
         Args:
             batch (`dict[str, torch.Tensor]`):
@@ -129,14 +132,18 @@ class TeacherScorer(TrainerCallback):
                 the batch. Not read after `begin`.
             teacher_ids (`Sequence[str | None]`, *optional*):
                 Names of the rows' teachers. `None` for a single teacher.
+            keeps_names (`torch.Tensor` of shape `(B,)`, *optional*):
+                Rows of which the likeliest tokens are returned. `None` for all.
 
         Returns:
-            `dict[str, torch.Tensor]`:
+            `dict[str, torch.Tensor | list[torch.Tensor]]`:
                 `teacher_mask`, bool, of shape `(B, T)`: the tokens that the teacher has scored, and
-                `teacher_per_token_logps`, `float32`, of the same shape, in nats, zero elsewhere. With `top_k` also
-                `teacher_top_ids`, `int64`, and `teacher_top_logps`, `float32`, in nats, of shape `(B, T, k)`; a token
-                that can't be named to the student has the log-probability `-inf`. Of several teachers also
-                `teacher_index`, `int64`, of shape `(B,)`.
+                `teacher_per_token_logps`, `float32`, of the same shape, in nats, zero elsewhere. With `top_k` also two
+                lists with a tensor for each row, of shape `(N, k)` for the N tokens that are scored or `(0, k)`:
+                `teacher_top_ids`, `int32`, and `teacher_top_logps`, `float32`, in nats, where a token that can't be
+                named to the student has `-inf`; and `teacher_entropy` and `teacher_top1`, `float32` of shape `(B, T)`:
+                the entropy in nats of what is named, and whether the sampled token is the likeliest. Of several
+                teachers also `teacher_index`, `int64`, of shape `(B,)`.
 
         Raises:
             `ValueError`: if a token id lies beyond the teacher's vocabulary, a row beyond its positions, or it can't
@@ -147,18 +154,59 @@ class TeacherScorer(TrainerCallback):
         numbers = self._number(teacher_ids, len(ids))
         mask = mask.bool()
         for number, contract in enumerate(self._contracts):
-            mine = (numbers == number).to(ids.device).unsqueeze(1)
-            mask = mask & (contract.is_known(ids) | ~mine)
-        rows = self._make_rows(batch, mask, prompts)
-        parts = self._by_scorer(rows, numbers)
-        for scorer, of_scorer in parts:  # by all processes, before one waits for another
-            scorer.contract.check(of_scorer)
+            is_own = (numbers == number).to(ids.device).unsqueeze(1)
+            mask = mask & (contract.is_known(ids) | ~is_own)
+        parts = self._by_scorer(self._make_rows(batch, mask, prompts), numbers)
+        for scorer, mine in parts:  # by all processes, before one waits for another
+            scorer.contract.check(list(mine.values()))
 
         self.calls += 1
+        top_k = min(top_k, *(scorer.teacher.vocab_size for scorer in self.scorers.values()))
+        logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        result: dict[str, Any] = {"teacher_per_token_logps": logps, "teacher_mask": mask}
+        if top_k:
+            result |= {
+                "teacher_top_ids": [ids.new_empty(0, top_k, dtype=torch.int32)] * len(ids),
+                "teacher_top_logps": [logps.new_empty(0, top_k)] * len(ids),
+                "teacher_entropy": torch.zeros_like(logps),
+                "teacher_top1": torch.zeros_like(logps),
+            }
+        keeps = [True] * len(ids) if keeps_names is None else keeps_names.tolist()
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
-            scores = [iter(scorer.score(of_scorer, top_k)) for scorer, of_scorer in parts]
-        result = self._pad(ids, mask, rows, numbers.tolist(), scores, top_k)
+            for scorer, mine in parts:
+                places = list(mine)
+                for equal, scores in scorer.score(list(mine.values()), top_k):
+                    for i in (places[number] for number in equal):
+                        self._put(result, i, ids[i], scores, scorer.contract, keeps[i])
+        logps.masked_fill_(~mask, 0.0)
+        if not logps.isfinite().all():
+            raise FloatingPointError(
+                f"The teacher returned {(~logps.isfinite()).sum()} log-probabilities that are not finite, of "
+                f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or "
+                'load it with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
+            )
         return result if teacher_ids is None else result | {"teacher_index": numbers.to(ids.device)}
+
+    @staticmethod
+    def _put(result, i, ids, scores, contract, keeps_names):
+        """Put the scores of row `i`, whose completion is `ids`, into `result`."""
+        mask = result["teacher_mask"][i]
+        if scores is None:  # behind a URL that doesn't answer
+            mask[:] = False
+            return
+        length = len(scores.logps)
+        result["teacher_per_token_logps"][i, :length] = scores.logps
+        if "teacher_top_ids" not in result:
+            return
+        k = result["teacher_top_ids"][i].size(1)
+        named, logps = (part[:, :k].to(ids.device) for part in (scores.top_ids, scores.top_logps))
+        can_be_named = contract.can_be_named(named)
+        named, logps = named.where(can_be_named, 0), logps.masked_fill(~can_be_named, -float("inf"))
+        result["teacher_entropy"][i, :length] = named_entropy(logps)
+        result["teacher_top1"][i, :length] = ((named[:, 0] == ids[:length]) & can_be_named[:, 0]).float()
+        if keeps_names:
+            result["teacher_top_ids"][i] = named[mask[:length]].int()
+            result["teacher_top_logps"][i] = logps[mask[:length]]
 
     def _make_rows(self, batch, mask, prompts) -> list[Row | None]:
         """The row of each completion with wanted tokens: that of `begin`, if there is one."""
@@ -177,51 +225,16 @@ class TeacherScorer(TrainerCallback):
             for prompt, completion, of_row, row_images in zip(prompts, completions, wanted, images, strict=True)
         ]
 
-    def _pad(self, ids, mask, rows, numbers, scores, top_k) -> dict[str, torch.Tensor]:
-        """What `score` returns, given for each of `scorers` an iterator over the scores of its rows."""
-        top_k = min(top_k, *(scorer.teacher.vocab_size for scorer in self.scorers.values()))
-        logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        top_ids = ids.new_zeros(*ids.shape, top_k)
-        top_logps = logps.new_full(top_ids.shape, -float("inf"))
-        for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
-            if row is None:
-                continue
-            score = next(scores[number])
-            if score is None:  # behind a URL that doesn't answer
-                mask[i] = False
-                continue
-            length = len(score.logps)
-            logps[i, :length] = score.logps
-            named, named_logps = score.top_ids[:, :top_k], score.top_logps[:, :top_k]
-            can_be_named = self._contracts[number].can_be_named(named)
-            top_ids[i, :length] = named.where(can_be_named, 0)
-            top_logps[i, :length] = named_logps.masked_fill(~can_be_named, -float("inf"))
-        logps = torch.where(mask, logps, 0.0)
-        if not logps.isfinite().all():
-            raise FloatingPointError(
-                f"The teacher returned {(~logps.isfinite()).sum()} log-probabilities that are not finite, of "
-                f"{mask.sum()}. Its weights may be damaged, or it overflows in float16: train with `bf16=True`, or "
-                'load it with `teacher_model_init_kwargs={"dtype": "bfloat16"}`.'
-            )
-        result = {"teacher_per_token_logps": logps, "teacher_mask": mask}
-        return result | ({"teacher_top_ids": top_ids, "teacher_top_logps": top_logps} if top_k else {})
-
     def _number(self, teacher_ids, size) -> torch.Tensor:
         """The number of each row's teacher among `scorers`, `int64` of shape `(B,)`."""
         if teacher_ids is None:
             return torch.zeros(size, dtype=torch.long)
         return number_teachers(teacher_ids, self.scorers, IN_BATCH)
 
-    def _by_scorer(self, rows, numbers) -> list[tuple[RowScorer, list[Row]]]:
-        """The rows of each scorer, in their order."""
-        return [
-            (
-                scorer,
-                [
-                    row
-                    for row, mine in zip(rows, (numbers == number).tolist(), strict=True)
-                    if mine and row is not None
-                ],
-            )
-            for number, scorer in enumerate(self.scorers.values())
-        ]
+    def _by_scorer(self, rows, numbers) -> list[tuple[RowScorer, dict[int, Row]]]:
+        """The rows of each scorer, by their places in the batch."""
+        parts: list[dict[int, Row]] = [{} for _ in self.scorers]
+        for place, (row, number) in enumerate(zip(rows, numbers.tolist(), strict=True)):
+            if row is not None:
+                parts[number][place] = row
+        return list(zip(self.scorers.values(), parts, strict=True))

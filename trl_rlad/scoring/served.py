@@ -1,6 +1,5 @@
 """The rows of a rollout batch, to a teacher behind a URL and back."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 
@@ -46,13 +45,14 @@ class ServedRowScorer(RowScorer):
 
     def release(self):
         self._call_back()
+        self.teacher.release()
 
     def _call_back(self):
         for future in self._sent.values():
             future.cancel()  # of a coroutine: that ends its request
         self._sent = {}
 
-    def _score_with_all_processes(self, rows: list[Row], top_k: int) -> Sequence[TokenScores | None]:
+    def _score_slices(self, rows: list[Row], top_k: int) -> list[TokenScores | None]:
         futures = []
         for row in rows:
             sent = self._sent.pop(row.key) if row.key in self._sent else None

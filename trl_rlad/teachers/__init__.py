@@ -12,7 +12,7 @@ completion token and, where asked, the likeliest tokens in its place. It never h
 
 from .client import ServerError
 from .contract import TokenContract
-from .create import create_teacher
+from .create import check_settings_of_servers, create_teacher
 from .local import LocalTeacher
 from .own_base import OwnBaseTeacher
 from .server import ServedTeacher

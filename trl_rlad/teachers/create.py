@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
+from .loading import HUB_KWARGS
 from .local import LocalTeacher
 from .own_base import OwnBaseTeacher
 from .server import ServedTeacher
@@ -53,6 +54,8 @@ def create_teacher(
         if isinstance(teacher_model, PreTrainedModel):
             raise TypeError("A teacher is behind one of `teacher_server_urls` or a model object, not both.")
         return ServedTeacher(urls, teacher_model, args)
+    if str(teacher_model).startswith(("http://", "https://")):
+        raise ValueError(f"`teacher_model={teacher_model!r}` is an address: pass it as `teacher_server_urls`.")
     if teacher_model == "base":
         if not is_peft_model(get_student()):
             raise ValueError(
@@ -89,6 +92,18 @@ def check_own_base(student):
                 f'`{name}` of the base is trained beside the adapter, so `teacher_model="base"` would move with the '
                 'student. Set `bias="none"` in `peft_config`, freeze it, or pass the name or path of a teacher.'
             )
+
+
+def check_settings_of_servers(args: RLADConfig):
+    """Raises a `ValueError` for a setting that has no effect if all teachers are behind URLs."""
+    idle = [name for name in ("teacher_offload", "teacher_zero_stage") if getattr(args, name) not in (None, "none")]
+    init_kwargs: dict = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]  # parsed
+    idle += [f"{name}` in `teacher_model_init_kwargs" for name in init_kwargs if name not in HUB_KWARGS]
+    if idle:
+        raise ValueError(
+            f"`{idle[0]}` has no effect on a teacher behind one of `teacher_server_urls`: leave it unset, and start "
+            "the server as you want it."
+        )
 
 
 def choose_class(args: RLADConfig, accelerator: Accelerator) -> type[LocalTeacher]:

@@ -3,11 +3,11 @@ Scores answers with reasoning-gym's own scorers, some of which evaluate as Pytho
 
 No code of an answer runs: `eval` is [`evaluate`] there, which takes literals and formulas alone. So an answer can't
 give itself a score, and what it can still do is to take long or need much memory. Therefore each is judged in a fork
-of its own, of a process that has the scorer ready and never reads an answer; the fork has a time, a bound on its
+of its own, of a process that has the scorer ready and never evaluates an answer; the fork has a time, a bound on its
 memory, one pipe for one number, and is ended. Nothing that happens in it is there for the next answer.
 
-Should an answer find a way past `evaluate`, it could set its own score, no other. It finds an empty environment and
-home, no network where the kernel lets a process leave it, no files but those of Python, and no further processes.
+Should an answer find a way past `evaluate`, it could set its own score. It finds an empty environment and home, no
+network where the kernel lets a process leave it, no files but those of Python, and no further processes.
 Python's audit hooks, which see to most of this, are no wall against an attacker who knows them: on a machine with
 something to lose, train in a container.
 """
@@ -124,7 +124,7 @@ def exchange(worker: subprocess.Popen, request: Any, seconds: float) -> tuple[in
     timer.daemon = True
     timer.start()
     try:
-        pickle.dump(request, worker.stdin)
+        worker.stdin.write(pickle.dumps(request))
         worker.stdin.flush()
         reply = worker.stdout.read(REPLY.size)
     except BrokenPipeError:
@@ -140,7 +140,7 @@ def end(worker: subprocess.Popen):
 
 
 def serve():
-    """Have what comes in on stdin, which the parent alone writes, judged in forks. No answer is read here."""
+    """Have what comes in on stdin, which the parent alone writes, judged in forks. No answer is evaluated here."""
     with suppress(AttributeError, OSError):
         # Linux, while there is one thread; where it isn't allowed, nothing happens
         ctypes.CDLL(None).unshare(NEW_USER_AND_NETWORK)
@@ -172,7 +172,9 @@ def serve():
         os.close(writer)
         ready, _, _ = select.select([reader], [], [], seconds)
         claim = os.read(reader, SCORE.size + 1) if ready else b""
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # and whatever it may have started
+        os.kill(pid, signal.SIGKILL)  # if it hasn't come to have a group
         os.waitpid(pid, 0)
         os.close(reader)
         score = SCORE.unpack(claim)[0] if len(claim) == SCORE.size else nan
@@ -182,6 +184,7 @@ def serve():
 def judge(dataset: Any, answer: str, entry: dict, pipe: int, confine: Callable[[], None]):
     """Write the score of an answer to a pipe, and end this process."""
     try:
+        os.setsid()  # a group of its own
         os.closerange(3, pipe)
         os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
         confine()
@@ -237,7 +240,7 @@ def evaluate(source: str, namespace: dict | None = None, local_names: dict | Non
     names = {**(namespace or {}), **(local_names or {})}
     for node in ast.walk(ast.parse(source.strip(), mode="eval")):
         is_allowed = isinstance(node, DATA)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             is_allowed = is_function(node.func.id, names.get(node.func.id))
         if not is_allowed:
             raise ValueError(f"{ast.unparse(node)!r} is no part of a literal or a formula")

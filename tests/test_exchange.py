@@ -1,0 +1,137 @@
+"""Rows dealt out, sent, scored and sent back: by threads that stand for processes, which `test_distributed.py` has."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, local
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trl_rlad.scoring import exchange as module
+from trl_rlad.scoring.exchange import exchange
+from trl_rlad.scoring.rows import Row
+from trl_rlad.teachers import TokenScores
+
+
+class Processes:
+    """Threads with the two collective operations that an exchange needs. `sent` has the bytes that left each."""
+
+    def __init__(self, count):
+        self.count, self.barrier, self.here = count, Barrier(count, timeout=20), local()
+        self.posted, self.sent = [None] * count, [0] * count
+
+    def run(self, work):
+        def start(rank):
+            self.here.rank = rank
+            return work(SimpleNamespace(process_index=rank, device=torch.device("cpu"), gather=self.gather))
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(start, range(self.count)))
+
+    def post(self, value):
+        self.barrier.wait()
+        self.posted[self.here.rank] = value
+        self.barrier.wait()
+        return list(self.posted)
+
+    def gather(self, tensor):
+        self.sent[self.here.rank] += tensor.nbytes * (self.count - 1)
+        return torch.cat(self.post(tensor))
+
+    def all_to_all_single(self, received, flat, sizes, own_sizes):
+        rank = self.here.rank
+        parts = flat.split(own_sizes)
+        self.sent[rank] += sum(part.nbytes for other, part in enumerate(parts) if other != rank)
+        arrived = [each[rank] for each in self.post(parts)]
+        assert [len(part) for part in arrived] == sizes and not len(arrived[rank])
+        received.copy_(torch.cat(arrived))
+
+
+def score(rows):
+    """What can be told from the row alone, and differs from that of all others."""
+    scores = []
+    for row in rows:
+        logps = row.completion * 0.5 + row.prompt.float().mean() + len(row.images)
+        named = torch.stack([row.completion, row.completion + row.prompt.sum()], dim=1)
+        scores.append(TokenScores(logps, named, torch.stack([logps, -logps], dim=1)))
+    return scores
+
+
+def make_teacher(**kwargs):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=16))
+    return SimpleNamespace(
+        **{"config": config, "vocab_size": 150_000, "shares_prompts": False, "is_sharded": False, **kwargs}
+    )
+
+
+def make_rows(rank, lengths):
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw(length):
+        return torch.randint(150_000, (length,), generator=generator)
+
+    prompts = [draw(length) for length in (2, 30)]  # of the second it pays to share a copy
+    images = {"pixel_values": torch.ones(1)}
+    return [Row(prompts[which], draw(length), images if has_images else {}) for which, length, has_images in lengths]
+
+
+row_lists = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(1, 40), st.sampled_from([False, False, True])), max_size=9
+)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    def make(count):
+        made = Processes(count)
+        monkeypatch.setattr(module.dist, "all_to_all_single", made.all_to_all_single)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("teacher", [{"shares_prompts": True}, {"is_sharded": True}], ids=["whole", "sharded"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(row_lists, min_size=2, max_size=4))
+def test_every_row_gets_its_own_scores_wherever_they_were_made(teacher, processes, lengths):
+    teacher = make_teacher(**teacher)
+    rows = [make_rows(rank, each) for rank, each in enumerate(lengths)]
+    scored = [[] for _ in rows]
+
+    def work(accelerator):
+        def watched(dealt):
+            scored[accelerator.process_index] += dealt
+            return score(dealt)
+
+        return exchange(rows[accelerator.process_index], watched, teacher, 2, accelerator)
+
+    results = processes(len(rows)).run(work)
+    for given_rows, got in zip(rows, results, strict=True):
+        for one, other in zip(score(given_rows), got, strict=True):
+            assert all(torch.equal(a, b.to(a)) for a, b in zip(one, other, strict=True))
+    assert sum(map(len, scored)) == sum(map(len, rows))  # each once
+    for rank, each in enumerate(rows):  # with images at home
+        assert sum(bool(row.images) for row in each) == sum(bool(row.images) for row in scored[rank])
+
+
+def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
+    def work(accelerator):
+        lengths = [(0, 20 + 5 * (accelerator.process_index % 2), False)] * 8
+        return exchange(make_rows(accelerator.process_index, lengths), score, make_teacher(), 2, accelerator)
+
+    rows = []
+    for count in (2, 4, 8):
+        made = processes(count)
+        made.run(work)
+        # 40 bytes a row are for all: the rest is for those who have to do with the row
+        rows.append(max(made.sent) - (count - 1) * (16 + 24 * 8))
+    # 160 and 200 tokens, and 180 for each: a row of 22 or 27 tokens goes, 25 scores of 20 bytes come back
+    assert max(rows) <= 27 * 4 + 25 * 20
+
+
+def test_rows_that_are_even_stay_at_home(processes):
+    made = processes(2)
+    made.run(lambda accelerator: exchange(make_rows(0, [(0, 20, False)] * 3), score, make_teacher(), 2, accelerator))
+    assert made.sent == [16 + 3 * 24] * 2
