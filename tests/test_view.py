@@ -352,7 +352,7 @@ FOREIGN = {
     "another table": [{"step": 1}],
     "script": [record() | {"step": "<script>alert(1)</script>"}],
     "short": [record() | {"logps": []}],
-    "blank": [record() | {"reward": None}],
+    "blank": [record() | {"advantage": None}],
     "silent": [record() | {"logps": [None]}],
     "no tokens": [record() | {"tokens": None}, record()],
     "no teacher": [record() | {"teacher_logps": None}, record()],
