@@ -50,7 +50,7 @@ class TrimmingGRPOTrainer(GRPOTrainer):
 
         model.eval()
         try:
-            differs = not (score(9, 3)[:, :4] - score(0, 0)).abs().mean() <= bound
+            differs = not (score(23, 3)[:, :4] - score(0, 0)).abs().mean() <= bound
             differs = differs or rotates_by_length(model, student.config, float("inf"), bound, device)
         finally:
             model.train(was_training)
