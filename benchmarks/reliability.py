@@ -166,8 +166,10 @@ class Cluster:
             self.wait("the other rank doesn't end", self.has_ended)
         else:
             self.end()
-        told = {"server": f":{self.port}", "rank": "Signal 9 (SIGKILL)", "run": ""}[victim]
-        return time.monotonic() - start, told in self.log.read_text()[read:]
+        cause = {"server": f":{self.port}", "rank": "Signal 9 (SIGKILL)"}.get(
+            victim
+        )  # of a run nobody is left to tell
+        return time.monotonic() - start, cause and cause in self.log.read_text()[read:]
 
     def end(self):
         for pid in [self.run.pid, *self.ranks()]:

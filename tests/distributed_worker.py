@@ -93,7 +93,6 @@ def main(
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
     of_rank_1=None,  # its own settings
-    stuck=None,  # this rank never comes back from its reward function
     reward=None,  # its name in `tiny`, of one that isn't watched
     teachers=None,  # paths of several by name, for rows in turn
     **kwargs,
@@ -111,11 +110,6 @@ def main(
         prompts = ["w9 w8 w7" if i % 4 == 0 else None for i in range(len(dataset))]
         dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
     reward = getattr(tiny, reward) if reward else twin.Watcher()
-    if stuck is not None and stuck == int(os.environ["RANK"]):
-
-        def reward(**_):
-            signal.pause()
-
     trainer = RLADTrainer(
         student,
         reward,

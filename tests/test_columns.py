@@ -225,6 +225,13 @@ def test_a_prompt_without_tokens_is_refused(models, tmp_path):
         trainer._generate_and_score_completions([{"prompt": "?"}] * 4)
 
 
+def test_texts_and_messages_of_a_stream_are_refused_when_they_come(models, tmp_path):
+    trainer = make_trainer(models, tmp_path, [{"prompt": "?"}] * 4)
+    rows = [{"prompt": "?", "teacher_prompt": prompt} for prompt in ("!", "!", user("!"), None)]
+    with pytest.raises(ValueError, match="has text in row 0 of a generation batch, and messages in row 2"):
+        trainer._generate_and_score_completions(rows)
+
+
 def test_class_labels_are_refused(models, tmp_path):
     features = Features({"prompt": Value("string"), "teacher_id": ClassLabel(names=["a", "b"])})
     rows = Dataset.from_list([{"prompt": "?", "teacher_id": 1}] * 4, features=features)

@@ -75,7 +75,7 @@ def test_a_teacher_is_not_asked_about_ends_that_are_not_its_own(student, teacher
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
     ends = torch.isin(ids, torch.tensor(INSTRUCT)) & mask
     assert ends.any() and torch.equal(batch["teacher_mask"], mask & (ids != unfit) if unfit else mask)
-    named = batch["teacher_top_ids"][batch["teacher_top_logps"].isfinite()].tolist()
+    named = torch.cat(batch["teacher_top_ids"])[torch.cat(batch["teacher_top_logps"]).isfinite()].tolist()
     assert (END in named) == (teacher == "instruct" and student == "instruct")
     assert (EOS in named) == (teacher == "base"), "on which either student stops"
 

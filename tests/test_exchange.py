@@ -118,17 +118,16 @@ def test_every_row_gets_its_own_scores_wherever_they_were_made(teacher, processe
 
 def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
     def work(accelerator):
-        lengths = [(0, 20 + 5 * (accelerator.process_index % 2), False)] * 8
+        lengths = [(0, 20, False)] * (6 + 2 * (accelerator.process_index % 2))
         return exchange(make_rows(accelerator.process_index, lengths), score, make_teacher(), 2, accelerator)
 
-    rows = []
     for count in (2, 4, 8):
         made = processes(count)
         made.run(work)
-        # 40 bytes a row are for all: the rest is for those who have to do with the row
-        rows.append(max(made.sent) - (count - 1) * (16 + 24 * 8))
-    # 160 and 200 tokens, and 180 for each: a row of 22 or 27 tokens goes, 25 scores of 20 bytes come back
-    assert max(rows) <= 27 * 4 + 25 * 20
+        # For all are two numbers and 24 bytes a row. Of every second process one row of 2 + 20 tokens goes to one that
+        # has less, and 20 scores of 4 + 8 + 8 bytes come back
+        rest = sorted(sent - (count - 1) * (16 + 24 * 8) for sent in made.sent)
+        assert rest == [22 * 4] * (count // 2) + [20 * 20] * (count // 2)
 
 
 def test_rows_that_are_even_stay_at_home(processes):

@@ -301,10 +301,10 @@ class RLADConfig(GRPOConfig):
             )
         self._warn_of_idle_settings()
         by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
-        if self.load_best_model_at_end and by_loss and self.objective.at(0.0) != self.objective.at(1.0):
+        if by_loss and self.objective.at(0.0) != self.objective.at(1.0):  # so it is with `load_best_model_at_end` too
             self._warn(
-                "`load_best_model_at_end` chooses by `eval_loss`, which is made of other terms at the beginning of "
-                "training than at its end. Choose by another metric, such as `metric_for_best_model='reward'`."
+                "`metric_for_best_model` is the loss, which is made of other terms at the beginning of training than "
+                "at its end. Choose another one, such as `metric_for_best_model='reward'`."
             )
         steps_of_rollouts = self.steps_per_generation * self.num_iterations
         if (

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
     if args.prompts < 1:
         parser.error(f"--prompts must be at least 1, but is {args.prompts}")
-    if not Path(args.script).is_file():
+    if args.script != "train" and not Path(args.script).is_file():
         parser.error(f"there is no script {args.script}")
     if args.output.is_dir() or args.output.suffix in (".png", ".parquet"):
         parser.error(f"--output must be a file for JSON, but is {args.output}")
