@@ -132,6 +132,7 @@ SETTINGS = [
     ("success_reward", "0.5", "must be a number"),
     ("teacher_zero_stage", 2, "0 (whole on each process) or 3 (sharded)"),
     ("teacher_zero_stage", "3", "the number 0"),
+    ("teacher_zero_stage", False, "the number 0"),
     ("teacher_offload", "disk", "'none' or 'cpu'"),
     ("teacher_server_urls", "localhost:8000", "an address such as 'http://localhost:8000'"),
     ("teacher_server_urls", "ftp://localhost", "an address such as"),
@@ -140,6 +141,7 @@ SETTINGS = [
     ("teacher_server_urls", {}, "an address such as"),
     ("teacher_server_urls", {"math": None}, "an address such as"),
     ("teacher_server_urls", 8000, "an address such as"),
+    ("teacher_server_urls", "http://:8000", "an address such as"),
     ("teacher_server_urls", "http://me:secret@localhost", "environment variable `VLLM_API_KEY`"),
     ("teacher_server_urls", "http://localhost?key=secret", "environment variable `VLLM_API_KEY`"),
     ("teacher_server_urls", "http://localhost:80000", "an address such as"),
@@ -161,6 +163,7 @@ SETTINGS = [
     ("teacher_model_init_kwargs", 5, "must be a dictionary"),
     ("teacher_model_init_kwargs", {"device_map": "auto"}, "`teacher_zero_stage=3`"),
     ("teacher_model_init_kwargs", {"token": "hf_..."}, "`HF_TOKEN`"),
+    ("teacher_model_init_kwargs", {"use_auth_token": "hf_..."}, "`HF_TOKEN`"),
     ("teacher_model_init_kwargs", {"torch_dtype": "bfloat16"}, "`dtype`"),
 ]
 for setting, value, *names in SETTINGS:
@@ -202,6 +205,26 @@ def _(place):
     RLADTrainer(place.student, tiny.reward, tiny.make_config(place.folder), tiny.make_dataset(), teacher_model="")
 
 
+@refused("trainer", "`teacher_model={}`", "`alpha=0.5` needs a teacher")
+def _(place):
+    place.trainer(teacher={})
+
+
+@refused("trainer", "a divergence from no teacher", "`teacher_kl_coef=0.1` needs a teacher")
+def _(place):
+    place.trainer(teacher=None, alpha=1.0, teacher_kl_coef=0.1)
+
+
+@refused("trainer", "a divergence to come from no teacher", "`teacher_kl_coef_final=0.1` needs a teacher")
+def _(place):
+    place.trainer(teacher=None, alpha=1.0, teacher_kl_coef_final=0.1)
+
+
+@refused("trainer", "distillation from no teacher", "`distillation_fraction=0.5` needs a teacher")
+def _(place):
+    place.trainer(teacher=None, alpha=1.0, distillation_fraction=0.5)
+
+
 @refused("trainer", "`teacher=...`", "no argument `teacher`", "passed as `teacher_model`")
 def _(place):
     place.trainer(trainer_kwargs={"teacher": place.teacher})
@@ -221,6 +244,12 @@ def _(place):
 def _(place):
     model = tiny.make_model(0)
     place.trainer(student=model, teacher=model)
+
+
+@refused("trainer", "the student as one of several teachers", "shares its weights", 'pass "base"')
+def _(place):
+    model = tiny.make_model(0)
+    place.trainer(student=model, teacher={"a": place.teacher, "b": model})
 
 
 @refused("trainer", '`teacher_model="base"` without an adapter', "trains an adapter", "`peft_config`")

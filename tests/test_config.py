@@ -108,6 +108,23 @@ def test_a_learning_rate_that_decays_during_distillation(kwargs, warns, tmp_path
     assert warns == any("leaves little of it for the reward" in str(warning.message) for warning in recwarn)
 
 
+def test_what_a_warning_is_about(tmp_path, recwarn):
+    def warn(**kwargs):
+        recwarn.clear()
+        tiny.make_config(tmp_path, **kwargs)
+        return [(str(warning.message), warning.filename) for warning in recwarn if "effect" in str(warning.message)]
+
+    ((message, filename),) = warn(on_teacher_failure="grpo")
+    assert message == "`on_teacher_failure` has no effect without `teacher_server_urls`."
+    assert filename == tiny.__file__  # where the settings are made
+    assert not warn(on_teacher_failure="grpo", teacher_server_urls="http://a")
+
+
+def test_a_revision_may_be_named_with_the_other_arguments(tmp_path):
+    args = tiny.make_config(tmp_path, teacher_model_init_kwargs={"revision": "v1"})
+    assert args.teacher_model_init_kwargs == {"revision": "v1"}
+
+
 def test_who_needs_a_teacher(tmp_path):
     settings = {"alpha": 0.9}, {"teacher_kl_coef": 0.1}, {"teacher_kl_coef_final": 0.1}, {"distillation_fraction": 0.1}
     assert all(tiny.make_config(tmp_path, **{"alpha": 1.0} | each).needs_teacher for each in settings)

@@ -1,8 +1,11 @@
 """Pass@k, the sampling behind it, and the script that prints it."""
 
 import json
+import shutil
 import sys
 from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_rlad.evaluation import pass_at_k
 from trl_rlad.scripts import evaluate as script
 from trl_rlad.scripts.arguments import MINI
-from trl_rlad.scripts.sampling import encode_prompts, evaluate, grade, sample
+from trl_rlad.scripts.sampling import encode_prompts, evaluate, grade, sample, store_teacher_weight
 from trl_rlad.scripts.tasks import Task
 from trl_rlad.scripts.tasks.mini import correctness_reward, make_dataset
 
@@ -51,13 +54,18 @@ def test_pass_at_k_refuses(arguments, name):
         pass_at_k(*arguments)
 
 
-def test_batches_do_not_change_a_completion(puzzles):
+def test_batches_do_not_change_a_completion(puzzles, tmp_path):
     # At a vanishing temperature samples are greedy: those of ragged prompts, in batches that part the samples of one
     # prompt, against each prompt by itself
     prompts = list(puzzles["prompt"])
     assert len({len(prompt) for prompt in prompts}) > 1
     model, tokenizer = AutoModelForCausalLM.from_pretrained(TEACHER), AutoTokenizer.from_pretrained(TEACHER)
-    completions = sample(TEACHER, prompts, 2, temperature=1e-3, max_new_tokens=33, batch_size=7)
+    # Its tokenizer pads on the left, and has a token for it: here one that doesn't
+    path = shutil.copytree(TEACHER, tmp_path / "teacher")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name != "pad_token"} | {"padding_side": "right"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    completions = sample(str(path), prompts, 2, temperature=1e-3, max_new_tokens=33, batch_size=7)
     for prompt, texts in zip(prompts, completions, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=33)
@@ -96,6 +104,52 @@ def test_backends(monkeypatch):
         sample(STUDENT, ["?"], backend="vllm")
     with pytest.raises(ValueError, match="'transformers' or 'vllm'"):
         sample(STUDENT, ["?"], backend="sglang")
+
+
+def test_what_vllm_is_asked_for(monkeypatch):
+    # A stand-in, as it needs a GPU
+    asked = []
+
+    def generate(prompts, params):
+        asked.append((prompts, params))
+        completions = [SimpleNamespace(text=f"answer {i}") for i in range(params["n"])]
+        return [SimpleNamespace(outputs=completions) for _ in prompts]
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return SimpleNamespace(generate=generate)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=load, SamplingParams=dict))
+    settings = {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 9, "seed": 3}
+    texts = sample(STUDENT, ["?", "A ?"], 2, **settings, backend="vllm")
+    assert texts == [["answer 0", "answer 1"]] * 2
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    assert asked == [
+        ((STUDENT,), {"seed": 3}),
+        (
+            [{"prompt_token_ids": ids} for ids in tokenizer(["?", "A ?"])["input_ids"]],
+            {"n": 2, "temperature": 0.7, "top_p": 0.8, "max_tokens": 9},
+        ),
+    ]
+
+
+def test_a_second_reward_function_says_what_is_right():
+    task = Task(None, None, lambda **columns: columns["rewards"], best=3.0)
+    assert task.accuracy(rewards=[3.0, 1.0, -1.0, None]) == [1.0, 0.0, 0.0, None]
+
+
+def test_what_cannot_be_judged_is_left_out_of_a_score_and_not_believed(puzzles, tmp_path):
+    def reward(prompts, completions, solution, difficulty):
+        rewards = correctness_reward(completions, solution)
+        return [None if people == 2 else reward for people, reward in zip(difficulty, rewards, strict=True)]
+
+    scores = evaluate(STUDENT, Task(None, puzzles, reward), 1, max_new_tokens=33)
+    assert [(name, row["puzzles"]) for name, row in scores.items()] == [("3", 7), ("4", 6), ("overall", 13)]
+    with pytest.raises(ValueError, match="can judge none of the puzzles"):
+        evaluate(STUDENT, Task(None, puzzles.filter(lambda row: row["difficulty"] == 2), reward), 1, max_new_tokens=1)
+    marks = [[True, None, False, None], [None] * 4, [True] * 4]
+    shares = store_teacher_weight(tmp_path / "weight.json", "teacher", ["a", "b", "c"], marks)
+    assert shares == {"a": 0.25, "b": 0.0, "c": 1.0}
 
 
 def test_grade_takes_the_best_reward_only():
@@ -143,19 +197,36 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "load_task", load)
     output = tmp_path / "new" / "scores.json"
     arguments = f"--model_name_or_path {STUDENT} --eval_size 9 --num_samples 3 --seed 7 --output {output}".split()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    arguments += (
+        "--temperature 1.7 --top_p 0.9 --k 3 2 --batch_size 5 --max_completion_length 31 --task_kwargs".split()
+    )
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, '{"n_people": [2, 3]}'])
     script.main()
     result = json.loads(output.read_text())
     assert sizes == [[1, 9]]
-    task = Task(None, make_dataset([2, 3, 4], 9, seed=7, held_out=True), correctness_reward)
-    expected = evaluate(STUDENT, task, num_samples=3, k=[1, 3], max_new_tokens=33, seed=7)
+    task = Task(None, make_dataset([2, 3], 9, seed=7, held_out=True), correctness_reward)
+    settings = {"temperature": 1.7, "top_p": 0.9, "batch_size": 5, "max_new_tokens": 31, "seed": 7}
+    expected = evaluate(STUDENT, task, num_samples=3, k=[2, 3], **settings)
     assert result["scores"] == expected
-    assert result["settings"]["k"] == [1, 3] and result["settings"]["max_completion_length"] == 33
+    assert result["settings"]["k"] == [2, 3] and result["settings"]["max_completion_length"] == 31
     assert result["versions"].keys() >= {"torch", "transformers", "trl", "trl-rlad"}
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["difficulty", "puzzles", "Mean@3", "Pass@1", "Pass@3"]
-    assert [row.split()[:2] for row in rows] == [["2", "3"], ["3", "3"], ["4", "3"], ["overall", "9"]]
-    assert rows[3].split()[2] == f"{expected['overall']['mean@3']:.1%}"
+    assert header.split() == ["difficulty", "puzzles", "Mean@3", "Pass@2", "Pass@3"]
+    assert [row.split()[:2] for row in rows] == [["2", "5"], ["3", "4"], ["overall", "9"]]
+    assert rows[2].split()[2] == f"{expected['overall']['mean@3']:.1%}"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--eval_size", "2", "--backend", "sglang"])
+    with pytest.raises(ValueError, match="must be 'transformers' or 'vllm', but is 'sglang'"):
+        script.main()
+
+
+def test_what_the_script_takes_without_arguments():
+    args = script.EvaluationArguments()
+    assert Path(args.model_name_or_path).resolve() == Path(STUDENT).resolve()
+    assert not Path(args.model_name_or_path).is_absolute()  # it goes into the file
+    assert (args.k, args.max_completion_length, args.temperature, args.top_p) == ([1, 8], 33, 0.6, 0.95)
+    assert (args.seed, args.num_samples, args.eval_size, args.batch_size) == (42, 8, 384, 128)
+    other = script.EvaluationArguments(model_name_or_path="x", task="chain_sum", num_samples=1)
+    assert (other.k, other.max_completion_length) == ([1], 2048)
 
 
 @pytest.mark.parametrize("model", ["chat_model", "vision_model"])

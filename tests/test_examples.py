@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.scripts import train
+from trl_rlad.scripts.arguments import MINI
 
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +67,11 @@ def test_the_miniature_learns(tmp_path):
     weights = json.loads((output_dir / "teacher_weight.json").read_text())
     assert weights["settings"]["num_samples"] == 1 and sum(weights["teacher_weight"].values()) > 500
     assert (output_dir / "reward.png").stat().st_size > 5_000
+    first, last = re.search(r"Mean reward of the rollouts: ([\d.]+) -> ([\d.]+)", stdout).groups()
+    rewards = [log["reward"] for log in json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+               if "reward" in log]  # fmt: skip
+    assert (first, last) == (f"{rewards[0]:.2f}", f"{rewards[-1]:.2f}")
+    assert "trained with RLAD" in (output_dir / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(output_dir)
     assert AutoTokenizer.from_pretrained(output_dir).decode([1]) == "<eos>"
 
@@ -104,6 +112,75 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
     train.plot_rewards([1], [0.5], tmp_path / "reward.png")
     assert capsys.readouterr().out == "No reward.png: it is drawn by matplotlib, which isn't installed.\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_command_line_says_is_what_is_trained(tmp_path, monkeypatch):
+    class Done(Exception):
+        pass
+
+    seen = {}
+
+    def add_weight(*args, **kwargs):
+        seen["weight"] = args, kwargs
+        return args[0].train_dataset.select(range(2))
+
+    def make_trainer(**kwargs):
+        seen.update(kwargs)
+        raise Done
+
+    monkeypatch.setattr(train, "add_teacher_weight", add_weight)
+    monkeypatch.setattr(train, "RLADTrainer", make_trainer)
+
+    def run(*arguments):
+        seen.clear()
+        command = f"--train_size 4 --eval_size 3 --seed 7 --output_dir {tmp_path}".split()
+        monkeypatch.setattr(sys, "argv", ["rlad_grpo.py", *command, *arguments])
+        with pytest.raises(Done):
+            train.main()
+
+    peft = "--use_peft true --lora_r 3 --load_in_4bit true --model_revision v1".split()
+    run("--teacher_samples", "2", "--max_completion_length", "40", *peft)
+    (task, teacher, number, path), kwargs = seen["weight"]
+    assert (teacher, number, path) == (str(MINI / "teacher"), 2, tmp_path / "teacher_weight.json")
+    assert kwargs == {"max_new_tokens": 40, "seed": 7}
+    assert (len(task.train_dataset), len(task.eval_dataset), len(seen["train_dataset"])) == (4, 3, 2)
+    assert (seen["model"], seen["teacher_model"]) == (str(MINI / "student"), teacher)
+    assert seen["reward_funcs"] == [task.reward, task.accuracy] and seen["args"].reward_weights == [1.0, 0.0]
+    assert seen["args"].model_init_kwargs["revision"] == "v1"
+    assert seen["peft_config"].r == 3 and seen["quantization_config"].load_in_4bit
+    run("--teacher_model_name_or_path", "mine")
+    assert seen["teacher_model"] == "mine" and len(seen["train_dataset"]) == 4 and "weight" not in seen
+    # GRPO asks no teacher anything
+    run("--alpha", "1.0", "--teacher_kl_coef", "0", "--teacher_samples", "2")
+    assert seen["teacher_model"] is None and "weight" not in seen
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_accuracy_is_measured_as_the_paper_samples_on_each_difficulty(k):
+    config, calls = {"temperature": 0.9, "top_p": 0.8}, []
+
+    class Trainer:  # a stand-in, to see what it is asked for
+        num_generations, num_generations_eval, temperature, top_p = 8, k, 0.9, 0.8
+        generation_config = SimpleNamespace(update=lambda **kwargs: config.update(kwargs))
+
+        def evaluate(self, dataset, metric_key_prefix):
+            calls.append((dataset["x"][:], metric_key_prefix, dict(config)))
+            return {"eval_rewards/accuracy/mean": 0.5, f"eval_rewards/accuracy/pass@{k}": 0.7, "eval_reward": 9.0}
+
+    data = Dataset.from_dict({"difficulty": ["b", "a", "b"], "x": [0, 1, 2]})
+    scores = {f"mean@{k}": 0.5} | ({f"pass@{k}": 0.7} if k > 1 else {})
+    assert train.measure(Trainer(), data) == {"a": scores, "b": scores}
+    paper = {"temperature": 0.6, "top_p": 0.95}
+    assert calls == [([1], "eval_a", paper), ([0, 2], "eval_b", paper)]
+    assert config == {"temperature": 0.9, "top_p": 0.8}  # training goes on as it was
+
+
+def test_the_bar_shows_the_reward_where_there_is_one():
+    bar, shown = train.RewardBar(), []
+    bar.training_bar = SimpleNamespace(set_postfix=lambda **kwargs: shown.append(kwargs))
+    for logs in ({"eval_reward": 1.0}, {"reward": 0.5}):
+        bar.on_log(None, None, None, logs=logs)
+    assert shown == [{"reward": "0.50"}]
 
 
 def test_help(monkeypatch, capsys):

@@ -95,6 +95,21 @@ def test_rollouts_that_did_not_come_by_the_teacher(mode, make_trainer, monkeypat
         make_trainer(**mode).train()
 
 
+def test_a_loss_that_is_patched_in_mid_run(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    training_step = trainer.training_step
+
+    def patch_before_the_third(*args):
+        if trainer.state.global_step == 2:
+            monkeypatch.setattr(GRPOTrainer, "_compute_loss", ask_the_model_directly)
+        return training_step(*args)
+
+    trainer.training_step = patch_before_the_third
+    with pytest.raises(RuntimeError, match="never asked"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("loss", [ask_the_model_directly, ignore_what_was_put_in])
 def test_without_a_teacher_any_loss_will_do(loss, make_trainer, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", loss)

@@ -15,10 +15,12 @@ import yaml
 from accelerate import Accelerator
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from matplotlib.axes import Axes
 from teacher_server import TeacherServer
 
 from trl_rlad import RLADTrainer
-from trl_rlad.model_card import launch_command, tabulate
+from trl_rlad._trl import names
+from trl_rlad.model_card import draw, launch_command, tabulate
 
 
 TESTS = Path(__file__).parent
@@ -144,6 +146,7 @@ def test_card_weights_and_tokenizer_arrive(stages, teacher_path):
     card = there["README.md"].decode()
     metadata = yaml.safe_load(card.split("---")[1])
     assert {"trl", "grpo", "rlad"} <= set(metadata["tags"]) and metadata["datasets"] == "puzzles/knights"
+    assert "None" not in card.split("trl-rlad ")[-1].split("\n")[0]  # only what is installed
     for expected in (
         "trained with RLAD, a method introduced in [Reinforcement-aware Knowledge Distillation for LLM Reasoning]",
         "@article{zhang2026rlad",
@@ -234,10 +237,11 @@ def test_the_launch_command_keeps_secrets_and_folders_to_itself():
     arguments = ["/home/me/run.py", "--hub_token", "abc", "--hub_token=def", "--name", "hf_abcdefgh", "--x", "s3cret"]
     arguments += ["--output_dir", "/home/me/out", "--task_kwargs", '{"dataset": "/data/mine"}', "--config", "a/b.yaml"]
     arguments += ["--teacher_tokens_per_batch", "1024", "--teacher", "https://example.org/v1/teacher"]
+    arguments += ["--WANDB_API_KEY", "ghi", "--password=jkl"]
     assert launch_command(arguments, {"s3cret", None}) == (
         "run.py --hub_token *** --hub_token=*** --name *** --x *** --output_dir out "
         '--task_kwargs \'{"dataset": "mine"}\' --config a/b.yaml --teacher_tokens_per_batch 1024 '
-        "--teacher https://example.org/v1/teacher"
+        "--teacher https://example.org/v1/teacher --WANDB_API_KEY *** --password=***"
     )
     assert launch_command(["-c", "--x", "1"], set()) is None
     for start in (["/env/bin/trl-rlad", "train"], ["/env/lib/trl_rlad/scripts/train.py"]):
@@ -301,6 +305,61 @@ def test_the_card_names_a_served_teacher_and_no_address(tmp_path, student_path, 
     assert "127.0.0.1" not in card and f":{one.port}" not in card and f":{other.port}" not in card
 
 
+def test_who_teaches_stands_on_the_card_with_the_revision_and_else_nobody(make_trainer, monkeypatch):
+    trainer = make_trainer(alpha=1.0)
+    trainer.run_record.record["teachers"] = {
+        "a": {"name": "big/one", "commit": "0123456789"},
+        "b": {"name": "big/two"},
+    }
+    trainer.args.teacher_model_revision = "v1"
+    trainer.create_model_card()
+    path = Path(trainer.args.output_dir, "README.md")
+    one = "[big/one](https://huggingface.co/big/one/tree/0123456789) at `0123456`"
+    assert f"| Teacher | {one}, big/two at v1 |" in path.read_text()
+    assert "| Dataset | not named |" in path.read_text()
+    trainer.run_record.record["teachers"] = {}
+    trainer.train_dataset.info.dataset_name = "puzzles"
+    trainer.state.global_step, trainer.state.max_steps = 3, 5
+    trainer.args.hub_token = "f1rst"
+    monkeypatch.setattr("trl_rlad.model_card.get_token", lambda: "s3cond")
+    monkeypatch.setattr("trl_rlad.model_card.run_links", lambda: {"Trackio": "https://track.io/run"})
+    monkeypatch.setattr(sys, "argv", ["train.py", "f1rst", "s3cond"])
+    trainer.create_model_card(model_name="pupil", tags=["mine"])
+    card = path.read_text()
+    for expected in ("| Teacher | none |", "| Dataset | puzzles |", "| Steps | 3 |", "| `success_reward` | 0.0 |",
+                     "\ntrain.py *** ***\n", "https://track.io/run", "pupil"):  # fmt: skip
+        assert expected in card, expected
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert "mine" in metadata["tags"] and metadata["model_name"] == "pupil"
+
+
+def test_where_the_run_is_logged(monkeypatch):
+    wandb = SimpleNamespace(run=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(names, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(names, "get_trackio_space_url", lambda: "https://trackio")
+    monkeypatch.setattr(names, "get_comet_experiment_url", lambda: None)
+    assert names.run_links() == {"Trackio": "https://trackio"}
+    wandb.run = SimpleNamespace(url="https://wandb")
+    monkeypatch.setattr(names, "get_comet_experiment_url", lambda: "https://comet")
+    links = {"Trackio": "https://trackio", "Comet": "https://comet", "Weights & Biases": "https://wandb"}
+    assert names.run_links() == links
+
+
+def test_the_picture_has_a_panel_for_each_of_its_metrics_with_more_than_one_point(tmp_path, monkeypatch):
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *args: drawn.update({len(drawn): args}) or plot(self, *args))
+    logs = [{"step": 1, "reward": 0.1}, {"step": 3, "reward": 0.3, "teacher/kl": None}]
+    assert draw(logs[:1], tmp_path / "one.png") is None and not (tmp_path / "one.png").exists()
+    assert draw(logs, tmp_path / "two.png") == "two.png" and list(drawn.values()) == [((1, 3), (0.1, 0.3))]
+    drawn.clear()
+    values = {"reward": 0.5, "teacher/log_ratio": 0.6, "teacher/kl": 0.7}
+    draw([*logs, {"step": 4, **values}, {"step": 5, **values}], tmp_path / "three.png")
+    assert list(drawn.values()) == [
+        ((1, 3, 4, 5), (0.1, 0.3, 0.5, 0.5)), ((4, 5), (0.6, 0.6)), ((4, 5), (0.7, 0.7))
+    ]  # fmt: skip
+
+
 def test_completions_in_a_step_and_processes(make_trainer, monkeypatch):
     trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=3)
     monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -321,6 +380,8 @@ def test_an_evaluation_stands_in_the_table_once_and_of_several_the_first_and_the
 
     heading = ["", "step", "reward/mean"]
     assert tabulate(logs("", 2)) == [heading, ["", "2", "0.200"]]
+    assert tabulate([*logs("", 2), {"eval_runtime": 1.0, "step": 4}])[-1] == ["", "4", ""]  # not judged
+    assert tabulate([{"step": 1, "loss": 0.5}]) == []
     assert tabulate(logs("easy_", 1, 2, 3) + logs("hard_", 3)) == [
         heading,
         ["easy", "1", "0.100"],

@@ -1,5 +1,7 @@
 """The LM head for several tokens at a position, against the model's own logits in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -120,6 +122,43 @@ def test_a_bias_of_the_lm_head():
     )
     expected = logps.gather(1, ids) - logps.gather(1, IDS[0, 1:, None])
     torch.testing.assert_close(head.log_ratios(states, IDS[0, 1:], ids).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_states_of_another_dtype_than_the_head():
+    # as autocast leaves them
+    head = LMHead(make_model("plain").float(), 1.0)
+    states = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logps, _, _ = head.top_k(states, IDS[0, 1:], 3)
+    logits = states.float() @ head.model.lm_head.weight.detach().T
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 1.0),
+        ({"logit_scale": 0.3}, 0.3),
+        ({"output_multiplier": 0.4}, 0.4),
+        ({"lm_head_multiplier": 0.6}, 0.6),
+        ({"logits_scaling": 5.0, "model_type": "granite"}, 0.2),
+        ({"logits_scaling": 5.0, "model_type": "hyperclovax"}, 5.0),
+    ],
+)
+def test_what_logits_are_multiplied_by_is_said_by_the_text_models_configuration(settings, scale):
+    text_config = SimpleNamespace(**settings, final_logit_softcapping=7.0)
+    config = SimpleNamespace(logit_scale=9.0, final_logit_softcapping=None, get_text_config=lambda: text_config)
+    head = LMHead(SimpleNamespace(config=config), 1.0)
+    assert (head.scale, head.cap) == (pytest.approx(scale), 7.0)
+
+
+def test_a_gradient_in_bfloat16_is_added_up_in_float32():
+    # 1,000 small ones on one row: in bfloat16 they would be lost beside their sum
+    weight = torch.nn.Parameter(torch.ones(4, 2, dtype=torch.bfloat16))
+    head = LMHead(make_model("plain"), 1.0)
+    head.model = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=weight, bias=None))
+    labels = torch.zeros(1000, dtype=torch.long)
+    head.log_ratios(torch.ones(1000, 2, dtype=torch.bfloat16), labels, labels[:, None] + 1).sum().backward()
+    assert weight.grad[:2].tolist() == [[-1000.0, -1000.0], [1000.0, 1000.0]] and not weight.grad[2:].any()
 
 
 def test_in_bfloat16_the_difference_stays_in_float32():

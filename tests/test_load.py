@@ -54,8 +54,11 @@ def test_no_row_is_lost_or_asked_twice(teacher_path, tmp_path):
     for process in processes:  # before there are threads
         process.start()
     with TeacherServer(teacher_path) as server:
+        right = server.score
 
         def score(body):  # minus the sum of the ids, spread over the completion
+            if body["prompt_logprobs"]:  # a check
+                return right(body)
             with lock:
                 seen["now"] += 1
                 seen["most"] = max(seen["most"], seen["now"])

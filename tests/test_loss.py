@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_trrd import reference_log_ratio
 
+from trl_rlad._trl.loss_call import LossCall
+
 
 B, T = 6, 7
 LOW, HIGH, BETA = 0.2, 0.28, 0.04
@@ -239,6 +241,40 @@ def test_off_policy_mask_drops_what_the_policy_has_left_and_the_anchor_has_not(m
     assert logps.grad.any(1).tolist() == [True, False, False, True, False, True]  # those with A > 0
 
 
+def test_off_policy_mask_asks_the_sampler_where_it_is_another(make_trainer):
+    # vLLM's log-probabilities of row 1 are 1 nat above the policy's, and those of row 4 the same
+    batch = make_batch()
+    logps = batch["old_per_token_logps"].clone().requires_grad_()
+    batch["sampling_per_token_logps"] = batch["old_per_token_logps"].clone()
+    batch["sampling_per_token_logps"][1] += 1.0
+    batch["teacher_per_token_logps"] = batch["old_per_token_logps"]
+    trainer = make_trainer(logps, off_policy_mask_threshold=0.3)
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert logps.grad.any(1).tolist() == [True, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_the_divergence_from_the_teacher_comes_beside_that_from_the_reference(make_trainer, alpha):
+    # With both the loss is the sum: neither takes the other's place or coefficient
+    batch = make_batch(teacher_kl_on=torch.ones(B, dtype=torch.bool))
+    results, names = {}, {}
+    for settings in ((0.0, 0.0), (BETA, 0.0), (0.0, 0.3), (BETA, 0.3)):
+        logps = make_logps(batch)
+        trainer = make_trainer(logps, alpha=alpha, beta=settings[0], teacher_kl_coef=settings[1])
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        results[settings] = torch.cat([loss.detach()[None], logps.grad.flatten()])
+        names[settings] = {name for name, values in trainer._metrics["train"].items() if values}
+    neither, reference, teacher, both = results.values()
+    torch.testing.assert_close(both - neither, (reference - neither) + (teacher - neither), rtol=0, atol=1e-6)
+    assert (reference - neither)[0] > 1e-3 and (teacher - neither)[0] > 1e-3
+    # TRL's `kl` is of the reference alone
+    assert [("kl" in each, "teacher/kl" in each) for each in names.values()] == [
+        (False, False), (True, False), (False, True), (True, True)
+    ]  # fmt: skip
+
+
 def test_vllm_importance_correction_multiplies_the_trrd_term(make_trainer):
     # vLLM itself isn't installed here: the ratio that TRL would have put into the batch is given by hand
     batch = make_batch(importance_sampling_ratio=torch.tensor([[1.0], [0.5], [2.0], [0.0], [0.25], [1.5]]))
@@ -296,6 +332,23 @@ def test_metrics(make_trainer, level, has_tools):
         by_policy, by_teacher = metrics[f"clip_ratio/{side}_by_policy"], metrics[f"clip_ratio/{side}_by_teacher"]
         assert by_policy + by_teacher == pytest.approx(metrics[f"clip_ratio/{side}_mean"])
     assert metrics["clip_ratio/high_by_teacher"] > 0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+def test_who_clips_is_logged_where_trl_says_how_much_is_clipped(make_trainer, loss_type):
+    batch = make_batch()
+    trainer = make_trainer(make_logps(batch), loss_type=loss_type)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    names = trainer._metrics["train"].keys()
+    assert ("clip_ratio/high_by_teacher" in names) == ("clip_ratio/high_mean" in names)
+
+
+def test_what_the_loss_writes_into_a_batch_is_seen_by_nobody_else(make_trainer):
+    batch = make_batch()
+    call = LossCall(make_trainer(), batch)
+    call.batch["named_log_ratios"] = torch.zeros(1)
+    assert "named_log_ratios" not in batch and "named_log_ratios" not in call.watched
 
 
 def test_metrics_of_a_batch_without_teacher_are_left_out(make_trainer):

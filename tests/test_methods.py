@@ -5,6 +5,7 @@ import sys
 from ast import literal_eval
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from trl_rlad import RLADConfig
-from trl_rlad.scripts.arguments import METHODS, MINI, parse_arguments, read_method
+from trl_rlad.scripts.arguments import (
+    METHODS,
+    MINI,
+    find_checkpoint,
+    get_init_kwargs,
+    parse_arguments,
+    read_method,
+)
 from trl_rlad.scripts.train import ScriptArguments
 
 
@@ -90,7 +98,36 @@ def test_what_the_miniature_is_the_base_of(parse, tmp_path):
     small = ["--output_dir", tmp_path, "--bf16", "false"]
     script_args, args, _ = parse("--config", METHODS / "grpo.yaml", "--task", "chain_sum", *small)
     assert (args.alpha, script_args.train_size) == (1.0, 10_000)
+    for form in ("--task=chain_sum", "--model-name-or-path=x"):
+        script_args, args, _ = parse(form, *small)
+        assert (args.teacher_kl_coef, script_args.train_size) == (0.0, 10_000)
     assert parse()[1].teacher_kl_on == "failed"
+    config.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="must contain a YAML mapping"):
+        parse("--config", config)
+
+
+def test_what_is_said_of_the_student_is_what_it_is_loaded_with():
+    model_args = SimpleNamespace(model_revision="v1", attn_implementation="eager", dtype="bfloat16")
+    expected = {"revision": "v1", "attn_implementation": "eager", "dtype": "bfloat16"}
+    assert get_init_kwargs(SimpleNamespace(model_init_kwargs=None), model_args) == expected
+    kwargs = {"dtype": "float32", "cache_dir": "there"}  # which are nearer to the model
+    assert get_init_kwargs(SimpleNamespace(model_init_kwargs=kwargs), model_args) == expected | kwargs
+
+
+def test_the_checkpoint_that_is_meant(tmp_path):
+    def find(wanted):
+        return find_checkpoint(SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=wanted))
+
+    assert find(None) is find("false") is None
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert find("true") == find("True") == str(tmp_path / "checkpoint-4")
+    assert find(str(tmp_path / "checkpoint-2")) == str(tmp_path / "checkpoint-2")
+    for wanted in (None, "false"):
+        with pytest.raises(ValueError, match="`--resume_from_checkpoint true`"):
+            find(wanted)
 
 
 def test_the_miniature_takes_the_advised_method():

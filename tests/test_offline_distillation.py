@@ -67,6 +67,8 @@ def test_the_seed_decides(puzzles):
 def test_nothing_right(puzzles):
     with pytest.raises(ValueError, match="None of the 48 answers .* stronger teacher"):
         collect(STUDENT, make_task(puzzles, best=2.0), 2, 33)
+    with pytest.raises(ValueError, match="None of the 24 answers"):  # of which none can be judged
+        collect(STUDENT, make_task(puzzles, lambda completions, **_: [None] * len(completions)), 1, 4)
 
 
 def test_the_student_trains_on_answer_and_end_alone(tmp_path):
@@ -76,6 +78,8 @@ def test_the_student_trains_on_answer_and_end_alone(tmp_path):
     assert decode(row["input_ids"]) == "A: A = B B: A = B ? kk ok <eos>"
     assert [label == -100 for label in row["labels"]] == [True] * 9 + [False] * 3
     assert row["labels"][9:] == row["input_ids"][9:]
+    row = make_trainer(STUDENT, pool, make_config(tmp_path, eos_token="ok")).train_dataset[0]
+    assert decode(row["input_ids"]).endswith("kk ok ok")
 
 
 def test_chat_prompts(chat_model, tmp_path):  # noqa: F811
@@ -109,6 +113,7 @@ def test_a_new_student_learns_the_answers_and_to_stop(puzzles, tmp_path):
 
     def accuracy():
         scores = evaluate(trainer.model, make_task(puzzles), 2, temperature=0.1, max_new_tokens=33)
+        assert scores["overall"].keys() >= {"pass@1", "pass@2"}
         return scores["overall"]["mean@2"]
 
     assert accuracy() == 0.0
@@ -143,6 +148,49 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     )
     assert before > after
     assert f"  {before:6.1%} -> {after:6.1%}" in stdout
+
+
+def test_what_the_command_line_says_is_what_is_done(tmp_path, monkeypatch):
+    class Done(Exception):
+        pass
+
+    seen = {}
+
+    def record(name, result=None):
+        def called(*args, **kwargs):
+            seen[name] = args, kwargs
+            if result is None:
+                raise Done
+            return result
+
+        monkeypatch.setattr(script, name, called)
+
+    counts = dict.fromkeys(("prompts", "solved_prompts", "samples", "kept_samples", "tokens", "kept_tokens"), 1)
+    record("evaluate", {})
+    record("collect", (Dataset.from_list([{"prompt": "?", "completion": "k"}]), counts))
+    record("make_trainer")
+    command = (
+        "--num_prompts 3 --eval_size 2 --samples_per_prompt 5 --temperature 0.9 --max_completion_length 40 --seed 7"
+    )
+    command += " --batch_size 6 --backend vllm --use_peft true --lora_r 3 --load_in_4bit true --dtype float32"
+    command += f" --model_revision v1 --model_name_or_path {STUDENT} --teacher_model_name_or_path {TEACHER}"
+    command += f" --use_cpu true --bf16 false --output_dir {tmp_path} --task mini --task_kwargs"
+    monkeypatch.setattr(sys, "argv", ["offline_distillation.py", *command.split(), '{"n_people": [2]}'])
+    with pytest.raises(Done):
+        script.main()
+    sampling = {"max_new_tokens": 40, "batch_size": 6, "seed": 7, "backend": "vllm"}
+    (student, task), kwargs = seen["evaluate"]
+    assert student == STUDENT and kwargs == {"num_samples": 1, **sampling}
+    assert task.train_dataset["difficulty"][:] == [2] * 3 and len(task.eval_dataset) == 2
+    args, kwargs = seen["collect"]
+    assert args == (TEACHER, task, 5)
+    assert kwargs == {"path": tmp_path / "teacher_weight.json", "temperature": 0.9, **sampling}
+    (student, _, args), kwargs = seen["make_trainer"]
+    assert (student, args.model_init_kwargs["revision"], args.model_init_kwargs["dtype"]) == (STUDENT, "v1", "float32")
+    assert kwargs["peft_config"].r == 3 and kwargs["quantization_config"].load_in_4bit
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="Run this script with `python`"):
+        script.main()
 
 
 def test_where_a_teacher_is_to_be_believed(puzzles, tmp_path):

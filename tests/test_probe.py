@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 import warnings
 from math import isnan, log
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,10 +14,16 @@ import pytest
 import tiny
 import torch
 from teacher_server import TeacherServer
+from test_loss import make_batch, make_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
 
+from trl_rlad import RLADTrainer, TeacherScorer
 from trl_rlad.cli import main
+from trl_rlad.objective.guidance import Guidance
 from trl_rlad.reports.probe import STUDY, Estimate, _contradicts, _is_lower, recommend, report
+from trl_rlad.reports.probe_output import SHARES, TABLE, print_report, write_picture
+from trl_rlad.reports.probe_run import Probe, ProbeGuide
 
 
 EOS = 1
@@ -266,8 +274,11 @@ def reward(prompts, completion_ids, **kwargs):  # some groups have no signal
 
 
 student, teacher, *settings, output_dir = sys.argv[1:]
+data = tiny.make_dataset()
 served = {"teacher_server_urls": teacher} if teacher.startswith("http") else {}
 temperature = 1.0 if served else 0.8
+if not served and student != teacher:  # some prompts are others to the teacher
+    data = data.map(lambda row: {"teacher_prompt": f"w1 {row['prompt']}" if "w6" in row["prompt"] else None})
 args = tiny.make_config(
     output_dir,
     per_device_eval_batch_size=6,
@@ -276,7 +287,7 @@ args = tiny.make_config(
     **served,
     **(json.loads(settings[0]) if settings else {}),
 )
-trainer = RLADTrainer(student, reward, args, tiny.make_dataset(), teacher_model=None if served else teacher)
+trainer = RLADTrainer(student, reward, args, data, teacher_model=None if served else teacher)
 trainer.generation_config.update(temperature=0.01)
 print("before", trainer.evaluate()["eval_reward"])
 trainer.generation_config.update(temperature=temperature)
@@ -292,7 +303,7 @@ def probe(tmp_path, capsys):
     script.write_text(SCRIPT)
 
     def run(*arguments, options=()):
-        output = tmp_path / "reports" / "probe.json"
+        output, before = tmp_path / "reports" / "probe.json", (sys.argv, list(sys.path))
         try:
             main(
                 [
@@ -309,10 +320,25 @@ def probe(tmp_path, capsys):
             )
         finally:
             printed = capsys.readouterr().out
-            report = json.loads(output.read_text())
+            report = json.loads(output.read_text()) if output.exists() else {}
+        assert (sys.argv, sys.path) == before and RLADTrainer.stand_in is None
         return printed, report
 
     return run
+
+
+def time_calls(monkeypatch, cls, name):
+    """A list to which each call of a method adds its seconds."""
+    method, seconds = getattr(cls, name), []
+
+    def timed(*args):
+        start = time.perf_counter()
+        outputs = method(*args)
+        seconds.append(time.perf_counter() - start)
+        return outputs
+
+    monkeypatch.setattr(cls, name, timed)
+    return seconds
 
 
 @pytest.mark.parametrize(
@@ -334,8 +360,18 @@ def test_what_the_command_itself_refuses(arguments, message, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [script]
 
 
-def test_command(probe, student_path, teacher_path, tmp_path):
+def test_command(probe, student_path, teacher_path, tmp_path, monkeypatch):
+    seconds = {
+        "generation": time_calls(monkeypatch, GRPOTrainer, "_generate"),
+        "scoring": time_calls(monkeypatch, TeacherScorer, "score"),
+    }
     printed, figures = probe(student_path, teacher_path)
+    # The evaluation before training is skipped; of several batches the time is the sum
+    assert len(seconds["generation"]) == len(seconds["scoring"]) > 1
+    for part, each in seconds.items():
+        assert figures["seconds"][part] == pytest.approx(sum(each), abs=0.1)
+    assert (figures["student"], figures["teacher"]) == (Path(student_path).name, Path(teacher_path).name)
+    assert (figures["num_generations"], figures["max_completion_length"], figures["unknown_tokens"]) == (4, 8, [])
     assert (figures["prompts"], figures["completions"], figures["temperature"]) == (6, 24, 0.8)
     assert (
         "before 0.0" in printed and "discrimination" in printed and figures["advice"]["limits"].split()[0] in printed
@@ -348,9 +384,10 @@ def test_command(probe, student_path, teacher_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(student_path)
     assert {rollout["advantage"] == 0.0 for rollout in rollouts} == {True, False}
     for rollout in rollouts:
-        prompt = tokenizer(rollout["prompt"])["input_ids"]
-        ids = torch.tensor([prompt + rollout["ids"]])
-        for name, model in (("logps", student), ("teacher_logps", teacher)):
+        others = f"w1 {rollout['prompt']}" if "w6" in rollout["prompt"] else rollout["prompt"]
+        for name, model, text in (("logps", student, rollout["prompt"]), ("teacher_logps", teacher, others)):
+            prompt = tokenizer(text)["input_ids"]
+            ids = torch.tensor([prompt + rollout["ids"]])
             logps = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
             assert rollout[name] == pytest.approx(logps[range(len(logps)), rollout["ids"]].tolist(), abs=1e-4)
         assert rollout["top1"] == (logps.argmax(-1) == torch.tensor(rollout["ids"])).tolist()
@@ -360,6 +397,9 @@ def test_command(probe, student_path, teacher_path, tmp_path):
             assert entropy == pytest.approx(-sum(p * log(p) for p in [*named, 1.0 - sum(named)]), abs=1e-4)
         expected = 0.0 if "w5" in rollout["prompt"] else tiny.reward([rollout["ids"]])[0]
         assert rollout["reward"] == pytest.approx(expected)
+        rewards = [each["reward"] for each in rollouts if each["group"] == rollout["group"]]
+        assert np.sign(rollout["advantage"]) == np.sign(np.round(rollout["reward"] - np.mean(rewards), 6))
+    assert {"w6" in rollout["prompt"] for rollout in rollouts} == {True, False}
     assert "teacher_accuracy" not in figures and figures["seconds"]["scoring"] > 0.0
 
 
@@ -398,6 +438,7 @@ def test_the_command_reports_by_the_settings_of_the_script(probe, student_path, 
 TAUGHT = """
 import sys
 import tiny
+from beside import PROMPTS
 from datasets import Dataset
 from trl_rlad import RLADTrainer
 
@@ -408,10 +449,28 @@ def reward(prompts, completion_ids, **kwargs):  # 0.9 for w9, in one completion 
     return [0.9 if 13 in ids and i % int(every) == 0 else 0.3 for i, ids in enumerate(completion_ids)]
 
 
-args = tiny.make_config(output_dir, per_device_eval_batch_size=8, success_reward=0.5)
-data = Dataset.from_list([{"prompt": f"w20 w{i}"} for i in range(6)])
-RLADTrainer(student, reward, args, data, teacher_model=teacher).train()
+def other(prompts, **kwargs):  # only logged
+    return [5.0] * len(prompts)
+
+
+args = tiny.make_config(output_dir, per_device_eval_batch_size=8, num_generations_eval=2, success_reward=0.5)
+args.reward_weights = [1.0, 0.0]
+data = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+trainer = RLADTrainer(student, [reward, other], args, data, teacher_model=teacher)
+try:
+    trainer.train()
+except Exception as error:
+    raise AssertionError("nothing has failed") from error
 """
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """The script above, and a module beside it."""
+    (tmp_path / "train.py").write_text(TAUGHT)
+    (tmp_path / "beside.py").write_text("PROMPTS = [f'w20 w{i}' for i in range(6)]")
+    yield
+    sys.modules.pop("beside", None)
 
 
 @pytest.fixture
@@ -429,19 +488,18 @@ def save_answers(tmp_path):
     return save
 
 
-def test_the_teacher_is_sampled_and_not_the_student(probe, save_answers, tmp_path):
-    (tmp_path / "train.py").write_text(TAUGHT)
+def test_the_teacher_is_sampled_and_not_the_student(probe, taught, save_answers, tmp_path):
     student, teacher = save_answers("student", []), save_answers("teacher", range(6), vocab_size=40)
-    printed, figures = probe(student, teacher, "1", options=["--sample_teacher"])
-    assert figures["mean@1"]["value"] == 0.0 and figures["all_failed"]["value"] == 1.0
+    options = ["--sample_teacher", "--prompts", "9"]  # more than there are
+    printed, figures = probe(student, teacher, "1", options=options)
+    assert figures["prompts"] == 6 and figures["mean@1"]["value"] == 0.0 and figures["all_failed"]["value"] == 1.0
     assert (figures["teacher_accuracy"], figures["teacher_rescues"]) == (1.0, 1.0)
     assert "100% succeed; it answers 100% of those" in " ".join(printed.split())
     # What is reported of the rollouts is still the student's
     assert {tuple(r["ids"]) for r in pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()} == {(12, EOS)}
 
 
-def test_rescues_are_of_prompts_that_the_student_never_solves(probe, save_answers, tmp_path):
-    (tmp_path / "train.py").write_text(TAUGHT)
+def test_rescues_are_of_prompts_that_the_student_never_solves(probe, taught, save_answers, tmp_path):
     student, teacher = save_answers("student", [0, 2, 4]), save_answers("teacher", [0, 1, 2, 3, 4])
     printed, figures = probe(student, teacher, "2", options=["--sample_teacher"])
     # Half of the right completions are rewarded; the teacher solves 5 of 6 prompts, and 2 of 3 that the student
@@ -452,12 +510,104 @@ def test_rescues_are_of_prompts_that_the_student_never_solves(probe, save_answer
     assert "42% succeed; it answers 67% of those" in " ".join(printed.split())
 
 
-def test_nothing_to_rescue_is_not_a_number(probe, save_answers, tmp_path):
-    (tmp_path / "train.py").write_text(TAUGHT)
+def test_nothing_to_rescue_is_not_a_number(probe, taught, save_answers, tmp_path):
     student, teacher = save_answers("student", range(6)), save_answers("teacher", [0, 1, 2])
     printed, figures = probe(student, teacher, "1", options=["--sample_teacher"])
     assert figures["mean@1"]["value"] == 1.0 and figures["teacher_rescues"] is None
     assert figures["teacher_accuracy"] == 0.5 and "50% succeed;" not in " ".join(printed.split())
+
+
+def test_the_same_few_prompts_of_a_data_set_for_student_and_teacher(probe, taught, save_answers, tmp_path):
+    # The teacher solves just what the student solves: a probe of other prompts would find something to rescue
+    right = [0, 1, 2]
+    student, teacher = save_answers("student", right), save_answers("teacher", right)
+    _, figures = probe(student, teacher, "1", options=["--sample_teacher", "--prompts", "4"])
+    rollouts = pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()
+    solved = {r["prompt"] in [f"w20 w{i}" for i in right] for r in rollouts}
+    assert figures["prompts"] == 4 and solved == {True, False}
+    assert figures["teacher_accuracy"] == figures["mean@1"]["value"] and figures["teacher_rescues"] == 0.0
+
+
+def test_what_cannot_be_probed_is_refused(probe, make_trainer, tmp_path, student_path, teacher_path):
+    settings = {"alpha": 1.0}
+    with pytest.raises(SystemExit, match="Refused: There is no teacher to probe.*`alpha=0.5`"):
+        probe(student_path, teacher_path, json.dumps(settings))
+    (tmp_path / "train.py").write_text("print('no trainer')")
+    with pytest.raises(SystemExit, match="train.py came to its end without an `RLADTrainer`"):
+        probe()
+    several, fast = Probe(make_trainer()), Probe(make_trainer())
+    several.trainer.teacher_scorer.scorers["b"] = several.trainer.teacher_scorer.scorers[""]
+    fast.trainer.use_vllm = True
+    for each, message in ((several, "a single teacher"), (fast, "doesn't go with `use_vllm`")):
+        with pytest.raises(ValueError, match=message):
+            each.sample_teacher(1)
+
+
+def test_a_token_that_the_teacher_has_no_say_on_is_recorded_without_its_figures(make_trainer):
+    batch = make_batch()
+    batch |= {"teacher_top_ids": batch["completion_ids"][..., None], "teacher_top_logps": torch.full((6, 7, 1), -0.5)}
+    batch |= {"group": torch.arange(6), "reward": torch.arange(6.0)}
+    batch["teacher_mask"][0, 1] = False
+    guide = ProbeGuide(make_trainer())
+    assert guide.guide(make_logps(batch), None, batch) == Guidance()  # of the loss there is nothing to be changed
+    for row, record in enumerate(guide.records):
+        has_say = batch["teacher_mask"][row, : len(record["ids"])].tolist()
+        for name in ("teacher_logps", "top1", "entropy"):
+            assert [value is not None for value in record[name]] == has_say, (row, name)
+
+
+FIGURES_TO_PRINT = {
+    **{name: Estimate(0.0, 0.0, 0.4) for rows in TABLE.values() for name in rows},
+    "prompts": 3,
+    "completions": 12,
+    "tokens": 60,
+    "tokens_without_say": 5,
+    "gap_quantiles": {5: -1.0, 95: 2.0},
+    "student": "pupil",
+    "teacher": "master",
+    "success_reward": 0.5,
+    "teacher_accuracy": 0.25,
+    "teacher_rescues": 0.0,
+    "seconds": {"generation": 1.5, "scoring": 0.7},
+    "device_memory_gib": {"generation": 3.0, "scoring": 9.0},
+    "advice": {"before": "b", "in the loss": "l", "settings": "s", "evidence": "e", "limits": "m"},
+}
+
+
+def test_what_is_printed(capsys):
+    nan = float("nan")
+    print_report({**FIGURES_TO_PRINT, "gap_eos": Estimate(nan, nan, nan)})
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "12 completions of 3 prompts, 60 tokens; the teacher has scored all but 5. Student: pupil; teacher: master.",
+        "gap_first +0.00 +0.00 to +0.40 at the first token gap_eos - at the end of a completion",
+        "signal 0% 0% to 40% groups",
+        "Quantiles of the gap: 5%: -1.00, 95%: +2.00",
+        "25% succeed; it answers 0% of those",
+        "0.7 s of scoring beside 1.5 s of generation; 9.0 GiB beside 3.0",
+        "before: b in the loss: l settings: s evidence: e limits: m",
+    ):
+        assert expected in printed, expected
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rollouts = [rollout(0, 1.0, 1.0, [-1.0] * 3, [-1.0, -3.0, -19.0]), rollout(0, 0.4, -1.0, [-1.0], [-1.0])]
+    shares = {**FIGURES_TO_PRINT, "signal": Estimate(0.5, 0.3, 0.6), "top1": Estimate(*[float("nan")] * 3)}
+    write_picture(rollouts, shares, tmp_path / "picture.png")
+    ((histogram, bars),) = ([*figure.axes] for figure in figures)
+    tokens = {p.get_label(): p.get_xy()[:, 1].max() for p in histogram.patches if not p.get_label().startswith("_")}
+    assert tokens == {"tokens of successes": 1.0, "tokens of failures": 1.0} and histogram.get_xlim()[1] > 6.0
+    ends = {p.get_label(): p.get_xy()[:, 0][p.get_xy()[:, 1] > 0.5].max() for p in histogram.patches}
+    assert ends["tokens of successes"] == pytest.approx(6.0) and ends["tokens of failures"] < 1.0
+    names = [label.get_text() for label in bars.get_yticklabels()]
+    assert names[::-1] == SHARES[:-1]  # nothing is drawn of what is not a number
+    (_, _, (lines,)) = bars.containers[names.index("signal")]
+    assert lines.get_segments()[0][:, 0].tolist() == pytest.approx([0.3, 0.6])
+    assert not pyplot.get_fignums() or close(figures[0]) is None
 
 
 def test_the_student_as_its_own_teacher(probe, student_path):
@@ -491,3 +641,13 @@ def test_the_command_line_is_quick():
     assert result.returncode == 0 and "probe" in result.stdout
     with pytest.raises(SystemExit, match="no command 'prob'"):
         main(["prob"])
+
+
+def test_the_command_line_is_that_of_the_process(monkeypatch, capsys):
+    for flag in ("-h", "--help"):
+        monkeypatch.setattr(sys, "argv", ["trl-rlad", flag])
+        main()
+        assert "usage: trl-rlad COMMAND" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["trl-rlad", "view", "nowhere"])
+    with pytest.raises(SystemExit, match="There is no run at nowhere"):
+        main()

@@ -90,7 +90,8 @@ def roles():
 
 
 def test_knights_knaves(roles):
-    train, held_out, reward, _ = roles
+    train, held_out, reward, best = roles
+    assert best == 3.0
     for dataset, share in ((train, 3), (held_out, 2)):
         assert sorted(dataset["difficulty"]) == sorted([str(n) for n in range(2, 9)] * share)
     for row in train:

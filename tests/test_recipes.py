@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from trl_rlad import RLADTrainer
 from trl_rlad.scripts import source, train
+from trl_rlad.scripts.tasks import load_task
 from trl_rlad.scripts.tasks.mathematics import INSTRUCTION, load_math, math_reward
 
 
@@ -173,8 +174,25 @@ def test_long_problems_are_left_out(problems, chat_model):  # noqa: F811
     lengths = [len(f"What is {i}/2?{' ' * 50 * i}\n\n{INSTRUCTION}") + 19 for i in range(8)]
     train, *_ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4])
     assert sorted(train["solution"]) == [rf"\boxed{{\frac{{{i}}}{{2}}}}" for i in range(5)]
-    train, *_ = load_math(8, tokenizer=chat_model, dataset=problems, max_prompt_length=lengths[4] - 1)
+    settings = {"dataset": problems, "max_prompt_length": lengths[4] - 1}
+    train, *_ = load_task("math", 8, tokenizer=chat_model, task_kwargs=settings)
     assert len(train) == 4
+
+
+def test_a_problem_keeps_what_comes_before_it_and_its_own_instruction(tmp_path, monkeypatch):
+    row = problem("Give it in \\boxed{}.", ["1", "2"])
+    row["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    Dataset.from_list([row]).to_parquet(tmp_path / "data" / "math-00000-of-00001.parquet")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (row,) = load_math(1, dataset=str(tmp_path)).train_dataset
+    assert row == {
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Give it in \\boxed{}."},
+        ],
+        "solution": r"\boxed{1}",  # the first of those that are acceptable
+        "difficulty": "",
+    }
 
 
 @pytest.mark.parametrize(

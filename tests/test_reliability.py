@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, TrainerCallback, TrainerState
+from test_loss import make_batch, make_logps
+from test_teacher_scorer import CountingTeacher
+from test_teacher_scorer import make_batch as make_rows
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MambaConfig,
+    Qwen3_5Config,
+    TrainerCallback,
+    TrainerState,
+)
 
 from trl_rlad import RLADTrainer
 from trl_rlad.checkpoints import RunRecord, last_checkpoint
@@ -68,6 +78,25 @@ def test_a_reward_that_never_succeeds_is_said_so(student_path, teacher_path, tmp
     caplog.clear()
     make_trainer(student_path, teacher_path, tmp_path, **kwargs).train()
     assert "generation batches" not in caplog.text
+
+
+def test_what_is_at_the_bound_has_not_succeeded_and_one_success_is_enough(make_trainer, caplog):
+    kwargs = {"teacher_kl_coef": 0.1, "teacher_kl_on": "failed", "success_reward": 0.5}
+    bad, good = torch.full((4, 1), 0.5), torch.tensor([[0.0], [0.0], [0.0], [0.6]])
+    for batches, says in (([bad] * 10, True), ([bad] * 9, False), ([good] + [bad] * 30, False)):
+        caplog.clear()
+        guide = make_trainer(**kwargs).guide
+        for rewards in batches:
+            assert guide.select_for_kl(rewards).tolist() == (rewards[:, 0] <= 0.5).tolist()
+        assert ("`success_reward=0.5`" in caplog.text and "highest is 0.5" in caplog.text) == says
+
+
+def test_success_is_judged_by_the_weighted_sum_of_all_reward_functions(student_path, teacher_path, tmp_path):
+    kwargs = {"reward_weights": [1.0, -2.0], "success_reward": 0.5, "teacher_kl_coef": 0.1, "teacher_kl_on": "failed"}
+    trainer = make_trainer(student_path, teacher_path, tmp_path, [tiny.reward, tiny.reward], **kwargs)
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.4], [nan, -0.4], [nan, 0.4]])  # in all 1, 0.2, 0.8 and -0.8
+    assert trainer.guide.select_for_kl(rewards).tolist() == [False, True, False, True]
 
 
 # Settings that move
@@ -245,6 +274,10 @@ def test_a_model_without_positions_reads_anything():
     assert longest_input(MambaConfig()) == float("inf")
 
 
+def test_the_positions_of_a_vision_language_model_are_those_of_its_text():
+    assert longest_input(Qwen3_5Config(text_config={"max_position_embeddings": 77})) == 77
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_named(value):
     model = torch.nn.Linear(2, 2)
@@ -319,6 +352,18 @@ def test_a_gradient_that_overflows_in_float16_is_left_to_its_scaler(student_path
     assert trainer._get_grad_norm(trainer.model) == float("inf")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_no_evaluation(bad, make_trainer):
+    batch = make_batch()
+    batch["advantages"] = torch.full_like(batch["advantages"], bad)
+    trainer = make_trainer(make_logps(batch))
+    trainer.model.eval()
+    assert not trainer.compute_loss(trainer.model, batch).isfinite()
+    trainer.model.train()
+    with pytest.raises(FloatingPointError, match="loss of step 1 isn't finite"):
+        trainer.compute_loss(trainer.model, batch)
+
+
 # Resumption
 
 
@@ -338,7 +383,7 @@ def test_a_torn_checkpoint_is_passed_over(student_path, teacher_path, tmp_path):
 
 
 def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
-    for step in (9, 10, 100):
+    for step in (9, 10, 100, "best"):  # the last is a user's own copy
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
@@ -363,6 +408,11 @@ def test_another_teacher_is_refused(checkpoint, student_path, teacher_path, tmp_
         trainer = make_trainer(student_path, teacher, tmp_path, max_steps=3, **kwargs)
         with pytest.raises(ValueError, match=r"another teacher: .* delete .*rlad\.json"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
+    without = tmp_path / "checkpoint-7"
+    without.mkdir()
+    trainer.run_record.on_save(trainer.args, TrainerState(global_step=7, is_world_process_zero=True), None)
+    with pytest.raises(ValueError, match="another teacher"):  # as it had none
+        make_trainer(student_path, teacher_path, tmp_path).run_record.compare(str(without))
 
 
 def test_another_commit_of_the_teacher_is_refused(checkpoint, student_path, teacher_path, tmp_path):
@@ -402,6 +452,8 @@ def test_a_record_holds_what_json_does_not(tmp_path, caplog):
     record.on_save(args, TrainerState(global_step=1, is_world_process_zero=True), None)
     record.compare(str(folder))
     assert (folder / "rlad.json").exists() and "settings have changed" not in caplog.text
+    (folder / "rlad.json").unlink()
+    record.compare(str(folder))  # of a GRPO run: nothing is known
 
 
 def test_replaced_weights_of_the_teacher_are_refused(student_path, tmp_path):
@@ -480,7 +532,9 @@ def test_another_objective_is_said(checkpoint, student_path, teacher_path, tmp_p
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert "settings have changed: `alpha` from 0.5 to 0.7, `teacher_kl_coef` from 0.0 to 0.1." in caplog.text
     caplog.clear()
-    make_trainer(student_path, teacher_path, tmp_path, max_steps=3, teacher_timeout=60.0).train(str(checkpoint))
+    # How the teacher is run changes nothing
+    same = {"teacher_timeout": 60.0, "teacher_offload": "cpu", "teacher_tokens_per_batch": 9, "trim_padding": False}
+    make_trainer(student_path, teacher_path, tmp_path, max_steps=3, **same).train(str(checkpoint))
     assert "settings have changed" not in caplog.text
 
 
@@ -538,6 +592,25 @@ def test_a_call_that_has_ended_in_time_is_not_watched_any_more(monkeypatch):
         (timer,) = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
         assert not timer.finished.is_set()
     assert timer.finished.is_set()
+
+
+def test_all_processes_have_the_time_that_the_settings_give_them(make_trainer, monkeypatch):
+    # To come to the scoring, and again to end it. By a stub, as above; with real processes in test_distributed
+    trainer, limits = make_trainer(teacher_timeout=77.0), []
+    monkeypatch.setattr(watchdog, "barrier_group", object)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(watchdog.dist, "monitored_barrier", lambda _, timeout, **__: limits.append(timeout.seconds))
+    scorer, batch = trainer.teacher_scorer, make_rows()
+    scorer.scorers[""].teacher = CountingTeacher()
+    score = scorer.scorers[""].teacher.score
+
+    def watch(*args):
+        limits.extend(each.interval for each in threading.enumerate() if isinstance(each, threading.Timer))
+        return score(*args)
+
+    scorer.scorers[""].teacher.score = watch
+    scorer.score(batch, batch["completion_mask"])
+    assert limits == [77, 77.0]
 
 
 @pytest.mark.slow

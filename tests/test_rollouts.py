@@ -134,11 +134,14 @@ def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(
     args = tiny.make_config(
         tmp_path, log_completions=True, num_completions_to_print=0, max_steps=1, per_device_train_batch_size=32
     )
-    RLADTrainer(student_path, signal_by_length, args, tiny.make_dataset(), teacher_model=teacher_path).train()
+    rewards = [signal_by_length, tiny.reward]
+    args.reward_weights = [1.0, 0.0]  # the second is only logged
+    RLADTrainer(student_path, rewards, args, tiny.make_dataset(), teacher_model=teacher_path).train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
     has_signal = [bool((table["advantage"][4 * group : 4 * group + 4] != 0.0).any()) for group in range(8)]
     expected = [group for group in range(8) if has_signal[group]][:4]
     assert expected != [0, 1, 2, 3] and sum(has_signal) > 4  # some are without signal, and some are too many
+    assert (tmp_path / "rollouts" / "rollouts_00001.parquet").exists()  # in the order of the steps
     records = read_rollouts(tmp_path)
     assert [(r["step"], r["group"], r["row"]) for r in records] == [
         (1, group, 4 * group + i) for group in expected for i in range(4)
@@ -292,15 +295,23 @@ def test_table_in_the_terminal(capsys):
         {"eval_reward": 9.0},
         {"reward": 4.0},
         {"reward": 5.0},
+        {"reward": 3.0},
     ]
-    for step, entry in zip((1, 2, 2, 3, 4), logs, strict=True):
-        table.on_log(
-            None, SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=4), None, logs=entry
-        )
+    states = [
+        SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=6) for step in (1, 2, 2, 3, 4, 6)
+    ]
+    for state, entry in zip(states, logs, strict=True):
+        table.on_log(None, state, None, logs=entry)
     printed = capsys.readouterr().out
-    assert re.findall(r"Step \d of 4|reward +[\d.+ ]+\d", printed) == [
-        "Step 2 of 4", "reward  1.500", "Step 4 of 4", "reward  4.500  +3.000"
+    assert re.findall(r"Step \d of 6|reward +[\d.+ -]+\d", printed) == [
+        "Step 2 of 6", "reward  1.500", "Step 4 of 6", "reward  4.500  +3.000", "Step 6 of 6", "reward  3.000  -1.500"
     ]  # fmt: skip
+    # A resumed run has its first one after as many steps, and one process prints
+    table = MetricsTable(steps=2)
+    table.on_train_begin(None, states[3], None)
+    table.on_log(None, states[4], None, logs={"reward": 1.0})
+    table.on_log(None, SimpleNamespace(is_world_process_zero=False, global_step=9, max_steps=9), None, logs=logs[0])
+    assert not capsys.readouterr().out
 
 
 def test_advantages_are_recorded_as_the_reward_gave_them(make_trainer):

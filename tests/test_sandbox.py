@@ -253,6 +253,8 @@ def test_the_reward_counts_failures(monkeypatch):
     scores = reward(completions=completions, question=train_dataset["question"], log_metric=logged.__setitem__)
     assert scores == [1.0, 0.0, 0.0]
     assert logged == {"scorer_failures": 1}
+    reward(completions=completions[:1], question=train_dataset["question"][:1], log_metric=logged.__setitem__)
+    assert logged == {"scorer_failures": 0}  # of this batch
 
 
 def test_a_scorer_does_not_outlive_training():

@@ -5,11 +5,11 @@ import json
 import logging
 import os
 import re
-import resource
 import shutil
 import threading
 import time
 import traceback
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
@@ -41,8 +41,10 @@ from test_teacher_scorer import assert_names, make_batch, naive_scores
 from transformers import AutoModelForCausalLM
 
 from trl_rlad import RLADTrainer, cli
+from trl_rlad.commands.compare import compare
 from trl_rlad.scoring import served
 from trl_rlad.teachers import ServedTeacher, ServerError, client
+from trl_rlad.teachers import server as server_module
 
 
 HOPELESS = {"positive", "no scores"}  # of those faults
@@ -50,8 +52,13 @@ HOPELESS = {"positive", "no scores"}  # of those faults
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
+    opened, open_servers = [], client.Servers._open
+    monkeypatch.setattr(client.Servers, "_open", lambda self: opened.append(self) or open_servers(self))
     monkeypatch.setattr(client, "WAIT", wait_fixed(0.02))
     monkeypatch.setenv("VLLM_API_KEY", "open-sesame\n")  # as in a file that a secret is mounted from
+    yield
+    for each in opened:
+        each.close()
 
 
 @pytest.fixture
@@ -85,7 +92,34 @@ def test_scores_on_a_ragged_batch(serve, teacher_path, tmp_path):
     assert_right(make_scorer(tmp_path, server), teacher_path)
     # Exactly the row's own tokens are sent, and equal rows once
     assert len(server.requests) == 7 and {request["prompt_logprobs"] for request in server.requests} == {0}
+    assert {request["max_tokens"] for request in server.requests} == {1}  # none that is generated is wanted
     assert server.keys == {"Bearer open-sesame"}
+
+
+def test_without_a_key_none_is_sent(serve, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY")
+    server = serve()
+    make_scorer(tmp_path, server)
+    assert server.keys == {None}
+
+
+def test_attempts_are_made_after_a_pause_each(serve, teacher_path, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(client, "WAIT", lambda state: waits.append(state.attempt_number) or 0.0)
+    server = serve()
+    scorer = make_scorer(tmp_path, server)
+    server.faults = [status(500)] * 2
+    assert_right(scorer, teacher_path)
+    assert len(waits) == 2
+
+
+def test_what_the_settings_say_of_time_and_names_holds_for_servers(serve, tmp_path):
+    server = serve()
+    settings = {"teacher_kl_coef": 0.1, "teacher_kl": "forward", "teacher_top_k": 25}
+    teacher = ServedTeacher([server.url], None, make_args(tmp_path, server.url, patience=7.0, **settings))
+    assert teacher.servers.patience == 7.0  # half of `teacher_timeout`
+    # A server that names fewer tokens than are wanted is found out before training
+    assert {request["prompt_logprobs"] for request in server.requests} == {25}
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS.keys() - HOPELESS))
@@ -287,10 +321,12 @@ def test_nothing_is_asked_for_longer_than_promised(pause, fault, serve, tmp_path
 def test_a_hundred_packed_megabytes_are_not_unpacked(serve, tmp_path):
     server, batch = serve(), make_batch(rows=1)
     scorer = make_scorer(tmp_path, server)
-    server.faults, before = [packed], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    server.faults = [packed]
+    tracemalloc.start()
     scorer.score(batch, batch["completion_mask"])
-    assert len(server.requests) == 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(server.requests) == 2 and peak < 50_000_000
 
 
 def test_an_answer_is_read_to_its_greatest_length_only(serve, tmp_path):
@@ -309,12 +345,14 @@ def test_one_line_a_minute_says_what_is_waited_for(fault, serve, tmp_path, monke
     server.fault = fault
     scorer.score(batch, batch["completion_mask"])
     lines = [
-        record.message for record in caplog.records if server.url in record.message and "so far" in record.message
+        record.message
+        for record in caplog.records
+        if f"{server.url} gave" in record.message and "so far" in record.message
     ]
     assert 3 <= len(lines) <= 6
     cause = "status 503, 'out of order'" if fault is not stuck else "(nothing yet|TimeoutError after 1.5 s)"
     pattern = rf"{server.url} gave no answer that can be used: {cause}\. For (\d) s so far, (\d) s are left"
-    times = [tuple(map(int, re.fullmatch(pattern, line).groups()[-2:])) for line in lines]
+    times = [tuple(map(int, re.search(pattern, line).groups()[-2:])) for line in lines]
     assert times == sorted(times, key=lambda each: (each[0], -each[1])) and all(2 <= a + b <= 4 for a, b in times)
 
 
@@ -340,7 +378,7 @@ def test_right_numbers_or_a_clear_end(faults, top_k, disturbed, teacher_path):
     try:
         scores = scorer.score(batch, batch["completion_mask"], top_k)
     except (ServerError, ValueError) as error:
-        assert server.url in str(error) and len(str(error)) > 80
+        assert server.url in str(error) and len(str(error)) > len(server.url) + 20
     else:
         expected = naive_scores(teacher_path, batch, temperature=1.0)
         assert (scores["teacher_mask"] == batch["completion_mask"].bool()).all()
@@ -371,7 +409,7 @@ def other_path(tmp_path_factory):
 
 
 @pytest.mark.parametrize("failure", ["raise", "grpo"])
-@pytest.mark.parametrize("when", ["an outage", "a minute", "one of two"])
+@pytest.mark.parametrize("when", ["a rest", "a minute", "one of two"])
 def test_another_model_under_the_same_name_ends_training(
     when, failure, serve, teacher_path, other_path, tmp_path, monkeypatch
 ):
@@ -379,9 +417,8 @@ def test_another_model_under_the_same_name_ends_training(
     scorer, batch = make_scorer(tmp_path, *servers, failure=failure), make_batch()
     assert_right(scorer, teacher_path)
     swap(servers[-1], other_path)
-    if when == "an outage":
-        servers[-1].stop()
-        servers[-1].start(servers[-1].port)
+    if when == "a rest":  # in which it was started again
+        monkeypatch.setattr(client, "IDLE", 0.0)
     else:
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 61.0)
         monkeypatch.setattr(client, "time", clock)
@@ -411,6 +448,7 @@ def test_another_name_in_an_answer_ends_training(serve, tmp_path):
 NOT_LOGPS = {
     "negative logits": lambda logits: logits - logits.max() - 12,
     "positive logits": lambda logits: logits - logits.min(),
+    "2.8 nats less": lambda logits: logits.log_softmax(-1) - 2.8,
     "too much in all": lambda logits: logits * 0 - 0.1,
 }
 
@@ -551,6 +589,32 @@ def test_what_cannot_be_log_probabilities(value, serve, tmp_path):
         ServedTeacher([server.url], None, make_args(tmp_path, server.url))
 
 
+def test_a_rounding_error_above_zero_and_hundredths_between_servers_are_none(serve, tmp_path):
+    def shift(entries):
+        for entry in filter(None, entries):
+            for token in entry.values():
+                token["logprob"] -= 0.05
+
+    servers = serve(), serve()
+    urls = [server.url for server in servers]
+    servers[1].fault = changed(shift)
+    ServedTeacher(urls, None, make_args(tmp_path, urls))
+    assert server_module.read_logp(5e-4) == 5e-4
+
+
+def test_a_model_is_found_among_others_by_its_name_or_its_folder(serve, teacher_path, student_path, tmp_path):
+    server = serve()
+    # As vLLM lists an adapter: after its base, whose tokenizer it has
+    base = server.cards[0]
+    server.cards = [{**base, "id": "other", "root": "/no/such"}, base]
+    server.cards += [{"id": "adapter", "root": "/no/such/adapter", "parent": teacher_path}]
+    args = make_args(tmp_path, server.url)
+    for name, model_id in (("teacher", "teacher"), (teacher_path, "teacher"), ("adapter", "adapter")):
+        teacher = ServedTeacher([server.url], name, args)
+        assert teacher.model_id == model_id == server.checks[-1]["model"]
+    assert teacher.max_length == float("inf")  # it doesn't say
+
+
 @pytest.fixture
 def beside(teacher_path, tmp_path):
     """A folder with the teacher's tokenizer and configuration, and no weights."""
@@ -636,8 +700,22 @@ def test_a_copy_is_compared(seed, same, serve, tmp_path, capsys):
     server, copy = serve(tiny.save_model(tmp_path / "served", 1)), tiny.save_model(tmp_path / "copy", seed)
     with nullcontext() if same else pytest.raises(SystemExit, match="not the same model"):
         cli.main(["compare", server.url, copy])
-    mean = float(capsys.readouterr().out.split()[3])
-    assert mean < 1e-5 if same else mean > 0.1
+    mean, largest = map(float, re.findall(r"by ([\d.e+-]+) ", capsys.readouterr().out))
+    assert mean <= largest
+    assert largest < 1e-5 if same else mean > 0.1
+
+
+def test_single_tokens_apart_are_the_same_model(serve, teacher_path, tmp_path, capsys):
+    server = serve()
+    # The last of the rows' tokens alone, not those of the handshake, which are named with others
+    server.fault = changed(
+        lambda entries: len(entries) > 100 and [token.update(logprob=-9.0) for token in entries[-1].values()]
+    )
+    mean, largest = compare(server.url, teacher_path)
+    assert 0.0 < mean < 0.1 < largest
+    cli.main(["compare", server.url, teacher_path])
+    assert f"by {mean:.2g} nats on average, and by {largest:.2g} at most" in capsys.readouterr().out
+    assert max(len(request["prompt"]) for request in server.requests) == 128
 
 
 # In training
@@ -647,11 +725,12 @@ def test_a_copy_is_compared(seed, same, serve, tmp_path, capsys):
 def test_training_is_that_of_a_local_teacher(mode, serve, student_path, teacher_path, tmp_path):
     server = serve()
     local = train(student_path, teacher_path, tiny.make_dataset(), tmp_path, **mode)
-    args = {"teacher_server_urls": server.url, "per_device_train_batch_size": 8, **mode}
+    args = {"teacher_server_urls": server.url, "on_teacher_failure": "grpo", **mode}
     served = train(student_path, None, tiny.make_dataset(), tmp_path, **args)
     for ours, theirs in zip(local.model.parameters(), served.model.parameters(), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert served.state.log_history[0]["teacher/scoring_time"] > 0
+    assert failed_rows(served) == [0] * 3
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
@@ -736,6 +815,7 @@ def test_failure_raises_and_leaves_the_last_checkpoint(serve, student_path, tmp_
     be_impatient(trainer)
     with pytest.raises(ServerError, match='resume_from_checkpoint.*on_teacher_failure="grpo"'):
         trainer.train()
+    assert "teacher servers" not in [thread.name for thread in threading.enumerate()]
     server.fault = right
     again = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset())
     again.train(resume_from_checkpoint=True)
@@ -827,13 +907,31 @@ def test_too_many_failed_rows_raise_after_all(serve, tmp_path, monkeypatch):
     scorer = make_scorer(tmp_path, server, failure="grpo", patience=0.2)
     monkeypatch.setattr(served, "LEAST_ROWS", 100)
     server.fault = status(500)
-    for seed in range(2):
-        batch = make_batch(seed)
-        if seed == 0:
-            scorer.score(batch, batch["completion_mask"])  # 7 of at least 100
+    for rows in (7, 3, 1):
+        batch = make_batch(rows, rows=rows)
+        if rows > 1:
+            scorer.score(batch, batch["completion_mask"])  # 7, and then 10, of at least 100
         else:
-            with pytest.raises(ServerError, match="no answer for 14 of 14 rows"):
+            with pytest.raises(ServerError, match="no answer for 11 of 11 rows"):
                 scorer.score(batch, batch["completion_mask"])
+
+
+def test_a_tenth_of_the_rows_and_a_thousand_may_fail():
+    # as docs/server.md has it: with ten thousand, the tenth is a thousand
+    assert (served.FAILED_SHARE, served.LEAST_ROWS) == (0.1, 10_000)
+
+
+def test_what_is_not_wanted_any_more_is_called_back(serve, tmp_path):
+    server, ids = serve(), torch.arange(4, 8)
+    scorer = make_scorer(tmp_path, server, max_steps=1)
+    server.fault, row_scorer, sent = stuck, scorer.scorers[""], []
+    for end in (lambda: scorer.begin([[4]], [[5]], [[1]]), scorer.release):  # by the next batch, and at the end
+        scorer.begin([ids.tolist()], [ids.tolist()], [[1] * 4])
+        sent += row_scorer._sent.values()
+        end()
+    assert len(sent) == 2 and all(future.cancelled() for future in sent)
+    with pytest.raises(ValueError, match="A rollout has 5001 tokens"):  # before it is sent
+        scorer.begin([[4] * 5000], [[5]], [[1]])
 
 
 def test_servers_are_let_go(serve, student_path, tmp_path):
@@ -850,7 +948,7 @@ def test_servers_are_let_go(serve, student_path, tmp_path):
         server.stop()  # its own threads and connections
         server.start(server.port)
         before = before or count()
-    wait_until(lambda: count() <= before)
+    wait_until(lambda: all(now <= then for now, then in zip(count(), before, strict=True)))
     trainer.train()  # once more: they are opened again
     with pytest.raises(ValueError):
         ServedTeacher([server.url], "another", args)

@@ -2,6 +2,8 @@
 First distillation, then reinforcement; and where a teacher is believed: `distillation_fraction` and `teacher_weight`.
 """
 
+import asyncio
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_rlad import RLADTrainer
+from trl_rlad._trl.seam import Rollouts
 from trl_rlad.checkpoints import RunRecord
 
 
@@ -110,10 +113,23 @@ def test_what_has_succeeded_is_distilled_too_before_the_failures_alone_are(tmp_p
 
 def test_distil_then_reinforce(tmp_path, student_path, teacher_path):
     kwargs = {"alpha": 1.0, "distillation_fraction": 0.5, "max_steps": 6, "teacher_kl": "forward"}
-    trainer = train(student_path, teacher_path, tmp_path, **kwargs)
+    args, scores, is_there = tiny.make_config(tmp_path, **kwargs), [], []
+
+    async def reward(completion_ids, **kwargs):  # beside which a teacher that is asked scores
+        await asyncio.sleep(0)
+        is_there.append(trainer.teacher_scorer.teachers[""].model is not None)
+        return tiny.reward(completion_ids)
+
+    trainer = RLADTrainer(student_path, reward, args, tiny.make_dataset(), teacher_model=teacher_path)
+    teacher = trainer.teacher_scorer.teachers[""]
+    score = teacher.score
+    teacher.score = lambda *args: scores.append(trainer.state.global_step) or score(*args)
+    trainer.train()
     assert logged(trainer, "teacher/kl_coef") == [1.0] * 3 + [0.0] * 3
     assert [kl is not None for kl in logged(trainer, "teacher/kl")] == [True] * 3 + [False] * 3
-    assert trainer.teacher_scorer.teachers[""].model is None and trainer.teacher_scorer.calls == 3
+    assert teacher.model is None and trainer.teacher_scorer.calls == 3
+    # The reward has the second half to itself: the teacher was let go, and is asked nothing more
+    assert set(scores) == {0, 1, 2} and is_there == [True] * 4 + [False] * 2
     # The second half is GRPO
     assert [time is not None for time in logged(trainer, "teacher/scoring_time")] == [True] * 3 + [False] * 3
 
@@ -221,12 +237,13 @@ def test_rows_of_weight_zero_are_grpo_bit_for_bit(settings, tmp_path, student_pa
 def test_our_columns_stay_when_unused_ones_are_removed(tmp_path, student_path, teacher_path):
     dataset = tiny.make_dataset().add_column("teacher_weight", [0.0] * 32).add_column("other", [0] * 32)
     rlad = train(student_path, teacher_path, tmp_path, dataset, remove_unused_columns=True)
+    assert {"teacher_id", "teacher_prompt", "teacher_weight"} <= set(rlad._signature_columns)
     grpo = train(student_path, teacher_path, tmp_path, alpha=1.0)
     assert logged(rlad, "loss") == logged(grpo, "loss") and any(logged(grpo, "loss"))
 
 
 def test_rows_of_weight_zero_are_not_scored(tmp_path, student_path, teacher_path):
-    dataset = tiny.make_dataset().map(lambda row, i: {"teacher_weight": float(i % 2)}, with_indices=True)
+    dataset = tiny.make_dataset().map(lambda row, i: {"teacher_weight": 0.1 * (i % 2)}, with_indices=True)
     trainer = train(student_path, teacher_path, tmp_path, dataset, teacher_kl_coef=0.1, max_steps=0)
     batch = trainer._generate_and_score_completions([dataset[i] for i in (0, 1) for _ in range(4)])
     assert batch["teacher_mask"].any(1).tolist() == [False] * 4 + [True] * 4
@@ -236,7 +253,7 @@ def test_rows_of_weight_zero_are_not_scored(tmp_path, student_path, teacher_path
 def test_a_weight_out_of_range_is_refused_before_training(weight, tmp_path, student_path, teacher_path):
     dataset = tiny.make_dataset().add_column("teacher_weight", [1.0] * 31 + [weight])
     config = tiny.make_config(tmp_path)
-    with pytest.raises(ValueError, match=r"column `teacher_weight` must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"column `teacher_weight` must be in \[0, 1\] .*but has {weight}"):
         RLADTrainer(student_path, tiny.reward, config, dataset, teacher_model=teacher_path)
 
 
@@ -251,3 +268,14 @@ def test_a_missing_weight_is_one(tmp_path, student_path, teacher_path):
     with_column = train(student_path, teacher_path, tmp_path, dataset)
     without = train(student_path, teacher_path, tmp_path)
     assert all(torch.equal(*pair) for pair in zip(weights(with_column), weights(without), strict=True))
+
+
+def test_what_the_teacher_is_asked_before_advantages_are_known(make_trainer, monkeypatch):
+    # All that may be wanted: not what a tool has written, nor rows of weight 0; each row by its own prompt
+    trainer, asked = make_trainer(teacher_kl_coef=0.1, teacher_kl="forward", teacher_top_k=3), []
+    monkeypatch.setattr(trainer.teacher_scorer, "begin", lambda *args: asked.extend(args))
+    rollouts = Rollouts([[5], [6], [7]], [[8, 9, 10], [11, 12], [13]], [[1, 0, 1], [1, 1], [1]])
+    rows = [{"teacher_prompt": "w5 w6"}, {"teacher_weight": 0.0}, {"teacher_weight": None}]
+    trainer.guide.begin(rollouts, [{"prompt": "w1", **row} for row in rows])
+    masks = [[1, 0, 1], [0, 0], [1]]
+    assert asked == [[[9, 10], [6], [7]], rollouts.completion_ids, masks, 3, None]

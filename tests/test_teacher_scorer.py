@@ -175,7 +175,8 @@ def test_a_batch_without_any_wanted_token():
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_scores_that_are_not_finite_raise(value):
     batch = make_batch()
-    with pytest.raises(FloatingPointError, match="not finite.*teacher_model_init_kwargs"):
+    tokens = batch["completion_mask"].sum()
+    with pytest.raises(FloatingPointError, match=f"{tokens} .* not finite, of {tokens}.*teacher_model_init_kwargs"):
         tiny.make_scorer(CountingTeacher(value), 30).score(batch, batch["completion_mask"])
 
 
@@ -211,16 +212,53 @@ def test_a_micro_batch_has_no_more_tokens_than_it_may_prompts_and_padding_counte
     assert len(sizes) > 1 and max(sizes) <= budget
 
 
-def test_what_one_of_two_teachers_does_not_know_the_other_one_scores():
-    batch = make_batch()
-    batch["completion_ids"][:, 0] = 3
+@pytest.mark.parametrize(("shares_prompts", "most"), [(True, 5), (False, 1)])
+def test_the_budget_of_a_shared_prompt_counts_it_once(shares_prompts, most):
+    # 30 tokens of a prompt leave room for 5 completions of 4 in 50; with a copy each, only one has room
+    batch = {"prompt_ids": torch.full((12, 30), 5), "completion_ids": torch.randint(4, 32, (12, 4))}
+    batch |= {f"{part}_mask": torch.ones_like(batch[f"{part}_ids"]) for part in ("prompt", "completion")}
+    teacher, sizes = CountingTeacher(), []
+    score, teacher.shares_prompts = teacher.score, shares_prompts
+    teacher.score = lambda prompts, *args: sizes.append(len(prompts)) or score(prompts, *args)
+    tiny.make_scorer(teacher, 50).score(batch, batch["completion_mask"])
+    assert sum(sizes) == 12 and most / 2 < max(sizes) <= most
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_one_of_two_teachers_does_not_know_the_other_one_scores_and_names(begins, tmp_path, teacher_path):
+    batch, wide = make_batch(), tiny.save_model(tmp_path / "wide", seed=2, hidden_size=32)
+    lengths = batch["completion_mask"].sum(1)
+    batch["completion_ids"][range(7), lengths - 1] = 3  # the last token of each
     scorers = {}
-    for name, unknown_ids in (("first", [3]), ("second", [])):
-        teacher = CountingTeacher()
-        scorers[name] = RowScorer(teacher, Accelerator(cpu=True), 30, TokenContract(teacher, unknown_ids))
-    names = ["first", "second"] * 3 + ["first"]
-    scores = TeacherScorer(scorers).score(batch, batch["completion_mask"], teacher_ids=names)
-    assert scores["teacher_mask"][:, 0].tolist() == [name == "second" for name in names]
+    for name, path, unknown_ids, nameable_ids in (("first", teacher_path, [3], range(20)), ("second", wide, [], [])):
+        teacher = make_teacher(path, tmp_path)
+        contract = TokenContract(teacher, unknown_ids, nameable_ids)
+        scorers[name] = RowScorer(teacher, Accelerator(cpu=True), 30, contract)
+    names, scorer = ["first", "second"] * 3 + ["first"], TeacherScorer(scorers)
+    if begins:
+        parts = [
+            [ids[keep].tolist() for ids, keep in zip(batch[f"{part}_ids"], batch[f"{part}_mask"].bool(), strict=True)]
+            for part in ("prompt", "completion")
+        ]
+        scorer.begin(*parts, [[1] * len(ids) for ids in parts[1]], 4, names)
+    scores = scorer.score(batch, batch["completion_mask"], 4, teacher_ids=names)
+    expected = {"first": naive_scores(teacher_path, batch, 1.0), "second": naive_scores(wide, batch, 1.0)}
+    for i, name in enumerate(names):
+        mask = batch["completion_mask"][i].bool()
+        mask[lengths[i] - 1] = name == "second"
+        assert torch.equal(scores["teacher_mask"][i], mask)
+        logps = scores["teacher_per_token_logps"][i]
+        torch.testing.assert_close(logps, expected[name][i] * mask, rtol=0, atol=1e-5)
+        assert scores["teacher_top_logps"][i].isfinite().any() == (name == "first" and mask.any())
+
+
+def test_a_row_may_have_a_prompt_of_its_own_for_the_teacher(tmp_path, teacher_path):
+    batch, own = make_batch(rows=3), [9, 8, 7, 6, 5]
+    scorer = tiny.make_scorer(make_teacher(teacher_path, tmp_path))
+    scores = scorer.score(batch, batch["completion_mask"], prompts=[None, own, None])
+    batch["prompt_ids"][1], batch["prompt_mask"][1] = torch.tensor(own), 1
+    expected = naive_scores(teacher_path, batch, 1.0)
+    torch.testing.assert_close(scores["teacher_per_token_logps"], expected, rtol=0, atol=1e-5)
 
 
 def test_an_id_beyond_the_teachers_vocabulary_raises():
@@ -284,6 +322,10 @@ def test_the_teacher_is_let_go_when_training_has_ended():
     teacher.released = False
     scorer.on_evaluate(None, None, None)
     assert teacher.released
+    teacher.released = False
+    scorer.on_train_begin(None, None, None)  # once more
+    scorer.on_evaluate(None, None, None)
+    assert not teacher.released
 
 
 def assert_names(scores, path, batch, k, temperature=1.0, shared=40):

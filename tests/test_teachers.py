@@ -23,6 +23,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from trl_rlad import RLADTrainer
@@ -221,6 +223,7 @@ def test_the_students_base_as_teacher(tmp_path, student_path):
     trainer.model.train()
     torch.testing.assert_close(score(teacher, batch), naive_scores(student_path, batch, 1.0), rtol=0, atol=1e-5)
     assert trainer.model.training and trainer.model.active_adapters == ["default"], "the student should be as before"
+    assert teacher.max_length == 4096  # its positions, too
     # no second copy: the teacher's parameters are the student's
     assert {id(p) for p in teacher.model.parameters()} == {id(p) for p in trainer.model.parameters()}
     assert "without the adapter" in teacher.name
@@ -292,8 +295,10 @@ def test_refused_set_ups(distributed_type, kwargs, message, tmp_path, teacher_pa
 
 def test_settings_can_be_written_as_json(tmp_path):
     init_kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.bfloat16}
-    text = tiny.make_config(tmp_path, teacher_model_init_kwargs=init_kwargs).to_json_string()
+    args = tiny.make_config(tmp_path, teacher_model_init_kwargs=init_kwargs)
+    text = args.to_json_string()
     assert '"quant_method": "bitsandbytes"' in text and '"dtype": "bfloat16"' in text
+    assert isinstance(args.teacher_model_init_kwargs["quantization_config"], BitsAndBytesConfig)  # and stays one
 
 
 def test_only_causal_language_models_teach(tmp_path):
@@ -303,6 +308,10 @@ def test_only_causal_language_models_teach(tmp_path):
     BertForMaskedLM(config).save_pretrained(tmp_path)
     tiny.make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be a causal language model, but .* is a `BertForMaskedLM`"):
+        make_teacher(str(tmp_path), tmp_path)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=32, decoder_start_token_id=0, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a causal language model, but .* is a `T5ForCond"):
         make_teacher(str(tmp_path), tmp_path)
 
 
@@ -342,9 +351,8 @@ def test_a_teacher_that_runs_out_of_memory_takes_smaller_batches(tmp_path, teach
         return score_rows(prompts, completions, *args)
 
     teacher.score = score_few
-    scorer = tiny.make_scorer(teacher, 1000)
-    scores = scorer.score(batch, batch["completion_mask"])["teacher_per_token_logps"]
-    torch.testing.assert_close(scores, naive_scores(teacher_path, batch, 1.0), rtol=0, atol=1e-5)
+    scorer = tiny.make_scorer(teacher, 1000, nameable_ids=range(40))
+    assert_names(scorer.score(batch, batch["completion_mask"], 3), teacher_path, batch, 3)
     assert "`teacher_tokens_per_batch=" in caplog.text and scorer.scorers[""].tokens_per_batch < 60
 
 

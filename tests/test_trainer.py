@@ -1,6 +1,8 @@
 """Whole training runs of tiny models."""
 
 import copy
+import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -212,6 +214,22 @@ def test_features_of_grpo_with_a_teacher(kwargs, tmp_path, student_path, teacher
     assert trainer.state.log_history[0]["teacher/scoring_time"] > 0
 
 
+def test_the_time_of_generation_is_logged(tmp_path, student_path, teacher_path, monkeypatch):
+    generate, seconds = GRPOTrainer._generate, []
+
+    def timed(self, prompts):
+        start = time.perf_counter()
+        outputs = generate(self, prompts)
+        seconds.append(time.perf_counter() - start)
+        return outputs
+
+    monkeypatch.setattr(GRPOTrainer, "_generate", timed)
+    trainer = make_rlad(student_path, tmp_path, teacher_path, num_iterations=2, max_steps=4)
+    trainer.train()
+    logged = [log.get("generation_time") for log in trainer.state.log_history if "loss" in log]
+    assert logged[::2] == pytest.approx(seconds, abs=0.05) and logged[1::2] == [None, None]  # once in a batch
+
+
 def test_lora_student(tmp_path, student_path, teacher_path):
     trainer = make_rlad(student_path, tmp_path, teacher_path, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     before = weights(trainer)
@@ -267,8 +285,8 @@ def test_default_arguments(student_path, teacher_path, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_rlad.trainer.RLADConfig", OnCPU)
     monkeypatch.chdir(tmp_path)
     trainer = RLADTrainer(student_path, tiny.reward, train_dataset=tiny.make_dataset(), teacher_model=teacher_path)
-    assert isinstance(trainer.args, RLADConfig) and trainer.args.output_dir.endswith("-RLAD")
-    assert trainer.args.alpha == 0.5
+    assert isinstance(trainer.args, RLADConfig) and trainer.args.output_dir == f"{Path(student_path).name}-RLAD"
+    assert trainer.args.alpha == 0.5 and trainer.args.teacher_tokens_per_batch == 1024  # on a CPU
 
 
 def test_a_teacher_object_without_a_tokenizer(tmp_path, student_path):
@@ -287,6 +305,9 @@ def test_a_teacher_that_alpha_one_ignores_is_said_so(tmp_path, student_path, cap
     trainer = make_rlad(student_path, tmp_path, teacher="never/loaded", alpha=1.0)
     assert "`teacher_model` is not loaded" in caplog.text
     assert trainer.teacher_scorer is None
+    caplog.clear()
+    make_rlad(student_path, tmp_path, alpha=1.0)
+    assert "is not loaded" not in caplog.text
 
 
 def test_evaluation_reports_pass_at_k(tmp_path, student_path, teacher_path):

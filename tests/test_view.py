@@ -409,14 +409,23 @@ def test_step_and_group_are_only_text():
 def test_command(tmp_path, capsys):
     run = tmp_path / "run"
     (run / "rollouts").mkdir(parents=True)
-    for step in (1, 2):
-        pq.write_table(
-            pa.Table.from_pylist([record(f"at{step}", step=step)]), run / f"rollouts/rollouts_0000{step}.parquet"
-        )
+    for step in range(3):
+        records = [record(f"é{step}", step=step), record(f"ü{step}", gap=0.5, step=step, group=1)]
+        pq.write_table(pa.Table.from_pylist(records), run / f"rollouts/rollouts_0000{step}.parquet")
     (run / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "reward": 0.5}]}))
     output = tmp_path / "pages" / "view.html"
-    main([f"RLAD={run}", "--output", str(output), "--step", "2"])
-    page = Page(output.read_text())
-    assert list(page.tokens) == ["at2"] and "RLAD" in page.text and "svg" in page.names
+
+    def view(*arguments):
+        main([*map(str, arguments), "--output", str(output)])
+        assert capsys.readouterr().out == f"Wrote {output}\n"
+        return Page(output.read_text(encoding="utf-8"))
+
+    for step in range(3):  # 0 is that of a probe
+        page = view(f"RLAD={run}", "--step", step)
+        assert list(page.tokens) == [f"ü{step}", f"é{step}"] and "RLAD" in page.text and "svg" in page.names
+    # Without a name it is that of the folder or the file; and no more than a group for so few tokens
+    assert "run · step" in view(run).text and len(view(run).tokens) == 6
+    page = view(run / "rollouts" / "rollouts_00001.parquet", "--tokens", 1)
+    assert "rollouts_00001 · step" in page.text and list(page.tokens) == ["ü1"]
     with pytest.raises(SystemExit, match="no run at"):
         main([str(tmp_path / "nowhere")])

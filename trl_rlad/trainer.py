@@ -254,8 +254,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             )
         return {}
     if not servers and teacher_model in (None, "", {}):
-        setting = "distillation_fraction" if args.distillation_fraction > 0.0 else "teacher_kl_coef"
-        setting = "alpha" if args.alpha < 1.0 else setting
+        names = ("distillation_fraction", "teacher_kl_coef", "teacher_kl_coef_final")
+        setting = "alpha" if args.alpha < 1.0 else next(name for name in names if getattr(args, name))
         raise ValueError(
             f"`{setting}={getattr(args, setting)}` needs a teacher: pass it as the keyword argument `teacher_model` "
             "or name its server in `teacher_server_urls`, or set `alpha=1.0` without a `teacher_kl_coef` or "

@@ -38,6 +38,7 @@ def compare(url: str, model: str, dtype: str = "auto") -> tuple[float, float]:
             completions = [row[1:] for row in rows]
             expected = local.score(list(prompts), completions)
         scores = served.score(list(prompts), completions)
+        served.release()
     differences = torch.cat([(a.logps - b.logps.cpu()).abs() for a, b in zip(scores, expected, strict=True)])
     return differences.mean().item(), differences.max().item()
 

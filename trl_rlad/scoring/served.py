@@ -53,6 +53,13 @@ class ServedRowScorer(RowScorer):
         self._sent = {}
 
     def _score_slices(self, rows: list[Row], top_k: int) -> list[TokenScores | None]:
+        try:
+            return self._collect(rows, top_k)
+        except BaseException:  # training ends
+            self.release()
+            raise
+
+    def _collect(self, rows: list[Row], top_k: int) -> list[TokenScores | None]:
         futures = []
         for row in rows:
             sent = self._sent.pop(row.key) if row.key in self._sent else None

@@ -28,6 +28,7 @@ def in_flight(processes: int) -> int:
 IN_FLIGHT = in_flight(int(os.environ.get("WORLD_SIZE", 1)))
 ATTEMPTS = 8  # at a request, not counting the wait for servers that answer nothing
 CHECK_EVERY = TELL_EVERY = 60.0  # seconds
+IDLE = 1.0  # seconds without a request after which a server is checked before the next one
 POLL = 0.2  # seconds after which a request looks again for a server that is well
 WAIT = wait_random_exponential(multiplier=0.5, max=10)
 SILENT = "nothing yet"
@@ -92,14 +93,16 @@ class _Server:
 
     @property
     def is_well(self) -> bool:
-        return time.monotonic() - self.checked_at < CHECK_EVERY
+        """Whether its last check holds: while nothing is under way it may be started again unnoticed."""
+        now = time.monotonic()
+        return now - self.checked_at < CHECK_EVERY and bool(self.under_way or now - self.answered_at < IDLE)
 
 
 class Servers:
     """
     Servers that answer the same requests alike: a request goes to the one with the fewest, and to another if that
     fails. They are asked in a thread of their own, so that many requests can be under way while the caller does other
-    things. Before its first request, after each failure and every minute a server must answer a check.
+    things. Before its first request, after a rest, after each failure and every minute a server must answer a check.
 
     Args:
         urls (`list[str]`):
@@ -189,6 +192,7 @@ class Servers:
                     server.check.result()  # raises what won't get better
                     server.check = None
                 if server.check is None and not server.is_well:
+                    server.checked_at = -float("inf")
                     server.check = asyncio.create_task(self._check(server))
             well = [server for server in servers if server.is_well]
             # A moment for those that are likely to be well too, or all would go to the first

@@ -67,7 +67,7 @@ class ServedTeacher:
             lists = [self.servers.submit(models, url) for url in urls]
             self.connect(urls, model, [each.result() for each in lists])
         except ValueError as error:  # it might quote the key
-            raise type(error)(self.servers.redact(str(error))) from None
+            raise ValueError(self.servers.redact(str(error))) from None
         finally:
             self.servers.close()
 
