@@ -55,6 +55,7 @@ def no_waiting(monkeypatch):
     opened, open_servers = [], client.Servers._open
     monkeypatch.setattr(client.Servers, "_open", lambda self: opened.append(self) or open_servers(self))
     monkeypatch.setattr(client, "WAIT", wait_fixed(0.02))
+    monkeypatch.setattr(client, "POLL", 2.0)  # a busy machine needs it for the check of two servers
     monkeypatch.setenv("VLLM_API_KEY", "open-sesame\n")  # as in a file that a secret is mounted from
     yield
     for each in opened:
