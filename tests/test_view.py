@@ -355,7 +355,6 @@ FOREIGN = {
     "blank": [record() | {"advantage": None}],
     "silent": [record() | {"logps": [None]}],
     "no tokens": [record() | {"tokens": None}, record()],
-    "no teacher": [record() | {"teacher_logps": None}, record()],
     "no log-probability": [record() | {"teacher_logps": [900.0]}],
     "other cause": [record(clipped=3)],
     "no list": [record() | {"tokens": "ok"}],

@@ -194,7 +194,8 @@ def _read(file: Path) -> list[dict]:
     records = table.cast(schema).to_pylist()
     for record in records:
         length = len(record["tokens"])
-        clipped, teacher_logps = record.get("clipped") or [None] * length, record["teacher_logps"]
+        clipped, teacher_logps = (record.get(name) or [None] * length for name in ("clipped", "teacher_logps"))
+        record["teacher_logps"] = teacher_logps
         lengths = {length, len(record["logps"]), len(teacher_logps), len(clipped)}
         logps = record["logps"] + [x for x in teacher_logps if x is not None]
         values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
