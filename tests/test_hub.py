@@ -35,7 +35,6 @@ from pathlib import Path
 tests, student, teacher, folder = sys.argv[1:]
 sys.path.insert(0, tests)
 from hub_server import HubServer
-from huggingface_hub import ModelCard
 
 hub = HubServer().__enter__()
 environment = hub.env(Path(folder) / "home")
