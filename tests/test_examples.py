@@ -179,7 +179,7 @@ def test_accuracy_is_measured_as_the_paper_samples_on_each_difficulty(k):
 
 def test_the_bar_shows_the_reward_where_there_is_one():
     bar, shown = train.ProgressLine(), []
-    bar.training_bar = SimpleNamespace(set_postfix=lambda **kwargs: shown.append(kwargs))
+    bar.training_bar = SimpleNamespace(set_postfix=shown.append)
     for logs in ({"eval_reward": 1.0}, {"reward": 0.5}):
         bar.on_log(None, None, None, logs=logs)
     assert shown == [{"reward": "0.50"}]

@@ -109,10 +109,12 @@ def test_what_the_miniature_is_the_base_of(parse, tmp_path):
 
 def test_what_is_said_of_the_student_is_what_it_is_loaded_with():
     model_args = SimpleNamespace(model_revision="v1", attn_implementation="eager", dtype="bfloat16")
-    expected = {"revision": "v1", "attn_implementation": "eager", "dtype": "bfloat16"}
-    assert get_init_kwargs(SimpleNamespace(model_init_kwargs=None), model_args) == expected
+    expected = {"revision": "v1", "attn_implementation": "eager", "dtype": "bfloat16", "trust_remote_code": True}
+    args = SimpleNamespace(model_init_kwargs=None, trust_remote_code=True)
+    assert get_init_kwargs(args, model_args) == expected
     kwargs = {"dtype": "float32", "cache_dir": "there"}  # which are nearer to the model
-    assert get_init_kwargs(SimpleNamespace(model_init_kwargs=kwargs), model_args) == expected | kwargs
+    args.model_init_kwargs = kwargs
+    assert get_init_kwargs(args, model_args) == expected | kwargs
 
 
 def test_the_checkpoint_that_is_meant(tmp_path):

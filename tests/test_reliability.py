@@ -25,7 +25,8 @@ from transformers import (
 from trl_rlad import RLADTrainer
 from trl_rlad.checkpoints import RunRecord, last_checkpoint
 from trl_rlad.scoring import watchdog
-from trl_rlad.teachers.loading import find_non_finite, longest_input
+from trl_rlad.teachers.loading import find_non_finite
+from trl_rlad.trials import longest_input
 
 
 def make_trainer(student, teacher, folder, reward=tiny.reward, callbacks=None, eval_dataset=None, **kwargs):

@@ -371,7 +371,7 @@ DISTURBANCES = CORRUPTIONS | st.sampled_from([die, *(FAULTS[name] for name in so
     derandomize="FUZZ_CASES" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.lists(DISTURBANCES, min_size=1, max_size=12), st.sampled_from([0, 3]))
+@given(faults=st.lists(DISTURBANCES, min_size=1, max_size=12), top_k=st.sampled_from([0, 3]))
 def test_right_numbers_or_a_clear_end(faults, top_k, disturbed, teacher_path):
     """Whatever becomes of the answers, and however often the server dies."""
     server, scorer, batch = *disturbed, make_batch()

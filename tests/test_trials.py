@@ -123,7 +123,9 @@ def plain(make_model, rows, temperature=1.0):
 
 def score(teacher, rows, budget, top_k=0):
     """Scores of the rows as a run has them: grouped, cut into micro-batches and put back."""
-    return RowScorer(teacher, Accelerator(cpu=True), budget).score([Row(*row, {}) for row in rows], top_k)
+    scores = RowScorer(teacher, Accelerator(cpu=True), budget).score([Row(*row, {}) for row in rows], top_k)
+    by_row = {number: score for numbers, score in scores for number in numbers}
+    return [by_row[number] for number in range(len(rows))]
 
 
 def assert_scores(teacher, rows, expected, budget=1000, top_k=0):

@@ -30,6 +30,21 @@ def rotary_embeddings(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
 
 
+def longest_input(config: PretrainedConfig) -> float:
+    """
+    Number of tokens that a model can read at once, by its positions and what stretches them.
+
+    Dynamic NTK stretches none: in transformers it remembers the longest pass so far, so that beyond the model's
+    positions the log-probabilities of a row depend on the rows before it.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or -1
+    longest = longest if longest > 0 else float("inf")
+    for rope in rotary_embeddings(config):
+        if rope["rope_type"] != "dynamic":
+            longest = max(longest, (rope.get("original_max_position_embeddings") or 0) * rope.get("factor", 1.0))
+    return longest
+
+
 @torch.no_grad()
 def rotates_by_length(
     forward: Callable, config: PretrainedConfig, longest: float, tolerance: float, device: torch.device

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from ..packing import micro_batches
-from ..trials import made_up_tokens, rotates_by_length, tolerance
+from ..trials import longest_input, made_up_tokens, rotates_by_length, tolerance
 from .names import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 from .padding import merge, select, trim
 
@@ -43,6 +43,7 @@ class TrimmingGRPOTrainer(GRPOTrainer):
         model, device, was_training = self.model, self.accelerator.device, self.model.training
         student = self.accelerator.unwrap_model(model)
         bound, tokens = tolerance(student, self.accelerator), made_up_tokens(9, student.config)
+        left = int(min(23, max(0, longest_input(student.config) - len(tokens) - 3)))
 
         def score(left, right):
             ids, mask = (pad(x, (left, right))[None].to(device) for x in (tokens, torch.ones_like(tokens)))
@@ -50,7 +51,7 @@ class TrimmingGRPOTrainer(GRPOTrainer):
 
         model.eval()
         try:
-            differs = not (score(23, 3)[:, :4] - score(0, 0)).abs().mean() <= bound
+            differs = not (score(left, 3)[:, :4] - score(0, 0)).abs().mean() <= bound
             differs = differs or rotates_by_length(model, student.config, float("inf"), bound, device)
         finally:
             model.train(was_training)

@@ -198,7 +198,9 @@ class Servers:
             # A moment for those that are likely to be well too, or all would go to the first
             if well and (has_waited or all(server in well or server.failed_at < float("inf") for server in servers)):
                 return min(well, key=lambda server: len(server.under_way))
-            await asyncio.wait([server.check for server in servers if server.check], timeout=POLL)
+            # Not for one that fails, or the others would have rested meanwhile
+            hopeful = [server for server in servers if server.failed_at == float("inf")] or servers
+            await asyncio.wait([server.check for server in hopeful if server.check], timeout=POLL)
             has_waited = True
 
     async def _check(self, server):

@@ -10,7 +10,6 @@ from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrai
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from .._trl.names import create_model_from_path
-from ..trials import rotary_embeddings
 
 
 # Of `teacher_model_init_kwargs`, what says where the files are: it holds for the tokenizer and the adapter too
@@ -70,18 +69,3 @@ def find_non_finite(model: torch.nn.Module) -> list[str]:
             if not (lowest.isfinite() and highest.isfinite()):
                 damaged.append(name)
     return damaged
-
-
-def longest_input(config: PretrainedConfig) -> float:
-    """
-    Number of tokens that a model can read at once, by its positions and what stretches them.
-
-    Dynamic NTK stretches none: in transformers it remembers the longest pass so far, so that beyond the model's
-    positions the log-probabilities of a row depend on the rows before it.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or -1
-    longest = longest if longest > 0 else float("inf")
-    for rope in rotary_embeddings(config):
-        if rope["rope_type"] != "dynamic":
-            longest = max(longest, (rope.get("original_max_position_embeddings") or 0) * rope.get("factor", 1.0))
-    return longest

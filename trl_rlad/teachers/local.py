@@ -28,7 +28,7 @@ from .._trl.names import add_fused_lm_head, get_config_model_id
 from ..config import RLADConfig
 from ..lm_head import LMHead
 from ..packing import sharing_pays
-from ..trials import made_up_tokens, rotates_by_length, tolerance
+from ..trials import longest_input, made_up_tokens, rotates_by_length, tolerance
 from .adapters import add_adapter
 from .contract import find_ends, find_image_problem
 from .loading import (
@@ -37,7 +37,6 @@ from .loading import (
     find_non_finite,
     load_processing_class,
     load_whole,
-    longest_input,
 )
 from .teacher import TokenScores
 

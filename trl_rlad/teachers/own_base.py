@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._trl.names import get_config_model_id, use_adapter
 from ..lm_head import LMHead
+from ..trials import longest_input
 from .contract import find_ends
-from .loading import longest_input
 from .local import WrappedTeacher
 
 
