@@ -99,7 +99,7 @@ def main(
 ):
     torch.set_num_threads(1)
     if lost is not None and lost == int(os.environ["RANK"]):
-        teacher = "/no/such/teacher"
+        teacher = f"/no/such/{Path(teacher).name}"  # another name would be noticed before
     if of_rank_1 and os.environ["RANK"] == "1":
         kwargs |= of_rank_1
     config = tiny.make_config(output_dir, **{"max_steps": 3, "teacher_tokens_per_batch": 50, **kwargs})

@@ -8,6 +8,7 @@ the largest differences from plain forward passes.
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiny
 import torch
@@ -24,7 +25,7 @@ from trl_rlad.teachers import create_teacher, loading, local
 
 def main(output_dir):
     torch.set_num_threads(1)
-    local.load_processing_class = lambda *_: None  # the rows are of token ids
+    local.load_processing_class = lambda *_: SimpleNamespace(eos_token_id=None)  # the rows are of token ids
     args = RLADConfig(output_dir, use_cpu=True, bf16=False, temperature=families.TEMPERATURE)
     assert args.device.type == "cpu"  # which sets up the processes
     accelerator = Accelerator(cpu=True)

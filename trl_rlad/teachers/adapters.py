@@ -63,7 +63,8 @@ def add_adapter(
                 raise
             raise ValueError(
                 "Its weights don't fit its base. If tokens were added to the base before it was trained, merge the "
-                f"two and save the whole model with its tokenizer. {error}"
+                "two and save the whole model with its tokenizer. Under ZeRO-3, where an adapter can't bring weights "
+                f"of the base along, set `teacher_zero_stage=0`. {error}"
             ) from error
     if shares:
         bases[base] = adapted
