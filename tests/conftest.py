@@ -7,6 +7,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 
 from trl_rlad import RLADTrainer
+from trl_rlad.teachers.client import Servers
 
 
 torch.set_num_threads(1)  # tiny models run no faster on more
@@ -35,6 +36,16 @@ def pytest_collection_finish():
     """What was imported is no garbage. Each training has Python look for some: half a second long, among all that."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def let_servers_go(monkeypatch):
+    """A teacher behind a URL that a test leaves behind would go on asking for its server."""
+    opened, open_servers = [], Servers._open
+    monkeypatch.setattr(Servers, "_open", lambda servers: opened.append(servers) or open_servers(servers))
+    yield
+    for servers in opened:
+        servers.close()
 
 
 @pytest.fixture(scope="session")
