@@ -1,6 +1,8 @@
 """Answers are scored apart from training: what they run there harms nobody, and no scorer is hindered."""
 
+import math
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -227,6 +229,28 @@ def test_a_reply_that_does_not_come_or_is_of_another_request_is_no_score(spiral,
     exchange = sandbox_module.exchange
     monkeypatch.setattr(sandbox_module, "exchange", lambda *args: (6, exchange(*args)[1]))
     assert sandbox.score([entry["answer"]], [entry]) == [0.0] and sandbox.failures == before + 2
+
+
+class ClaimingSandbox(Sandbox):
+    """One whose forks send as their claim the bytes that the answer says."""
+
+    program = [sys.executable, "-I", "-c", f"import os, sys; sys.path.insert(0, {ALONE!r}); import sandbox\n"
+               "sandbox.judge = lambda dataset, answer, entry, pipe, confine: "
+               "(os.write(pipe, bytes.fromhex(answer)), os._exit(0))\nsandbox.serve()"]  # fmt: skip
+
+
+def test_only_a_number_from_0_to_1_is_a_score():
+    sandbox = ClaimingSandbox("spiral_matrix", CONFIG, num_workers=1)
+    half = struct.pack("d", 0.5)
+    claims = [
+        half,
+        *(struct.pack("d", value) for value in (30.0, -1.0, math.nan, math.inf)),
+        half + b"x",
+        half[1:],
+        b"",
+    ]
+    scores = sandbox.score([claim.hex() for claim in claims], [{}] * len(claims))
+    assert scores == [0.5] + [0.0] * 7 and sandbox.failures == 7
 
 
 def test_the_network_is_out_of_reach():
