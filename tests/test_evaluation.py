@@ -85,7 +85,9 @@ def test_the_generation_config_does_not_interfere(puzzles):
     model = AutoModelForCausalLM.from_pretrained(STUDENT)
     model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.1, top_p=0.1, do_sample=False)
     prompts = list(puzzles["prompt"])
-    assert sample(model, prompts, 4, max_new_tokens=33) == sample(STUDENT, prompts, 4, max_new_tokens=33)
+    # Hot enough for more than one token to be drawn
+    settings = {"num_samples": 4, "temperature": 2.0, "max_new_tokens": 33}
+    assert sample(model, prompts, **settings) == sample(STUDENT, prompts, **settings)
 
 
 def test_chat_prompts(chat_model):  # noqa: F811

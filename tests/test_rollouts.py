@@ -325,3 +325,8 @@ def test_advantages_are_recorded_as_the_reward_gave_them(make_trainer):
     records = read_rollouts(trainer.args.output_dir)
     expected = [batch["advantages"][record["row"]].item() for record in records]
     assert [record["advantage"] for record in records] == pytest.approx(expected) and any(expected)
+    # And nothing of a generation batch stays for the next
+    log = trainer.rollout_log
+    assert log.records and log.log_ratios
+    log.choose(batch, torch.zeros(4))
+    assert not log.records and not log.log_ratios

@@ -70,9 +70,12 @@ def test_a_teacher_that_has_a_say_later_is_there_from_the_start(tmp_path, studen
 def test_distillation_is_distillation(estimator, tmp_path, student_path, teacher_path):
     # In its stage, whatever else is set, the same as a divergence of coefficient 1 with all rewards at zero
     settings = {"teacher_kl": estimator, "num_iterations": 2}
-    staged = train(
-        student_path, teacher_path, tmp_path, distillation_fraction=1.0, teacher_kl_on="failed", beta=0.02, **settings
-    )
+    stage = {"distillation_fraction": 1.0, "teacher_kl_on": "failed", "beta": 0.02, "max_steps": 4}
+    args = tiny.make_config(tmp_path, learning_rate=1e-3, **stage, **settings)
+    staged = RLADTrainer(student_path, tiny.reward, args, tiny.make_dataset(), teacher_model=teacher_path)
+    expected = tiny.expect_metrics(staged)
+    staged.train()
+    assert logged(staged, "teacher/kl") == pytest.approx([each["teacher/kl"] for each in expected], rel=1e-3)
     plain = train(
         student_path,
         teacher_path,
