@@ -16,13 +16,11 @@ import random
 from string import ascii_lowercase
 
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from trl_rlad.scripts.tasks.mini import EOS, PAD, make_word_tokenizer
 
-PAD, EOS = "<pad>", "<eos>"
+
 LENGTH = 8  # operators in a prompt
 MAX_COMPLETION_LENGTH = LENGTH + 1
 DIGITS = "0123456789"
@@ -72,13 +70,4 @@ def correctness_reward(completions: list[str], solution: list[str], **kwargs) ->
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Make the word-level tokenizer that teacher and student share."""
-    words = [PAD, EOS, *DIGITS, *WORDS, *OPERATORS]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return make_word_tokenizer([PAD, EOS, *DIGITS, *WORDS, *OPERATORS])

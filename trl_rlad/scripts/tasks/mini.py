@@ -164,6 +164,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Make the word-level tokenizer that teacher and student share."""
     words = [PAD, EOS, "?", "ok", *NAMES, *(f"{name}:" for name in NAMES), *OPERATORS]
     words += [assignment for n_people in range(1, len(NAMES) + 1) for assignment in assignments(n_people)]
+    return make_word_tokenizer(words)
+
+
+def make_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of these words, `PAD` and `EOS` among them, with their places as ids."""
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
