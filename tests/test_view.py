@@ -393,11 +393,11 @@ def test_a_foreign_or_torn_log_is_named_and_the_others_drawn(text, tmp_path):
 
 def test_what_is_no_number_in_a_log_is_not_drawn(tmp_path):
     write_log(tmp_path / "run", 2)
-    log = [{"step": 1, "reward": "<script>", "eval_rewards/$x_{/pass@1": 0.5}, {"step": 2, "reward": 0.2}]
+    log = [{"step": 1, "reward": "<script>", "eval_rewards/$x_{$/pass@1": 0.5}, {"step": 2, "reward": 0.2}]
     (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     main([str(tmp_path / "run"), "--output", str(tmp_path / "view.html")])
     page = (tmp_path / "view.html").read_text()
-    assert "script" not in page and "$x_{" in page
+    assert "script" not in page and "$x_{$" in page
 
 
 def test_step_and_group_are_only_text():
