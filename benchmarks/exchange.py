@@ -120,7 +120,7 @@ def main():
             from fleet import count_traffic, deal_rows
 
             ranks = [draw_rows(rank) for rank in range(count)]
-            traffic = count_traffic(ranks, deal_rows(ranks, True, 4096))
+            traffic = count_traffic(ranks, deal_rows(ranks, True, 4096, 16384))
             counted = f"{sum(each.within + each.between for each in traffic) / count / 1e6:.2f}"
         except ImportError:  # of other code
             counted = "-"

@@ -125,7 +125,7 @@ def padded_passes(rows, micro_batch: int, is_trimmed: bool):
 def teacher_passes(rows, budget: int, shares_prompts: bool):
     """The passes of our teacher over the rows that a rank was dealt."""
     passes = []
-    groups = group_rows(*zip(*rows, strict=True)) if shares_prompts else [[i] for i in range(len(rows))]
+    groups = group_rows(*zip(*rows, strict=True), budget) if shares_prompts else [[i] for i in range(len(rows))]
     lengths = [sum(rows[group[0]][1:]) for group in groups if len(group) == 1]
     passes += [dense(len(part), max(lengths[i] for i in part)) for part in cut(lengths, budget)]
     for group in groups:
@@ -138,11 +138,11 @@ def teacher_passes(rows, budget: int, shares_prompts: bool):
     return passes
 
 
-def deal_rows(ranks, shares_prompts: bool, hidden_size: int):
+def deal_rows(ranks, shares_prompts: bool, hidden_size: int, budget: int):
     """For each rank the rows that it scores, each with the rank that it is at home, dealt out as `exchange` does."""
     rows = [(row, home) for home, each in enumerate(ranks) for row in each]
     prompts, prompt_lengths, lengths = zip(*(row for row, _ in rows), strict=True)
-    groups = group_rows(prompts, prompt_lengths, lengths) if shares_prompts else [[i] for i in range(len(rows))]
+    groups = group_rows(prompts, prompt_lengths, lengths, budget) if shares_prompts else [[i] for i in range(len(rows))]
     costs = [count_cost(prompt_lengths[group[0]], [lengths[i] for i in group], hidden_size) for group in groups]
     homes = [rows[group[0]][1] for group in groups] if shares_prompts else None  # as of a sharded teacher
     hands = deal(costs, homes, [0] * len(ranks))
@@ -210,7 +210,7 @@ def work_out(fleet: Fleet, ranks, student: Cost, teacher: Cost, width: int) -> d
     """Padding, imbalance and seconds of TRL's way and ours, with a teacher of this width."""
     shares_prompts = not fleet.is_sharded
     real = sum(prompt + completion for rows in ranks for _, prompt, completion in rows)
-    dealt = deal_rows(ranks, shares_prompts, width)
+    dealt = deal_rows(ranks, shares_prompts, width, fleet.budget)
     traffic = max(count_traffic(ranks, dealt), key=lambda each: each.seconds(fleet))
     passes = {
         "TRL": [[padded_passes(rows, fleet.micro_batch, False) for rows in ranks]] * 2,
@@ -332,7 +332,7 @@ def main():
             cells.append(" / ".join(f"{figures[way][name]:{form}}" for way in ("TRL", "ours")))
         print("| " + " | ".join(cells) + " |")
         if fleet.ranks > 1:
-            now = count_traffic(ranks, deal_rows(ranks, not fleet.is_sharded, fleet.teacher.width))
+            now = count_traffic(ranks, deal_rows(ranks, not fleet.is_sharded, fleet.teacher.width, fleet.budget))
             busiest, before = max(now, key=lambda each: each.seconds(fleet)), count_traffic_to_all(ranks)
             cells = [fleet.name, f"{fleet.ranks:,}"]
             for name in ("within", "between", "held"):

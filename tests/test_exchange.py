@@ -105,7 +105,7 @@ def test_every_row_gets_its_own_scores_wherever_they_were_made(teacher, processe
             scored[accelerator.process_index] += dealt
             return score(dealt)
 
-        return exchange(rows[accelerator.process_index], watched, teacher, 2, accelerator)
+        return exchange(rows[accelerator.process_index], watched, teacher, 50, 2, accelerator)
 
     results = processes(len(rows)).run(work)
     for given_rows, got in zip(rows, results, strict=True):
@@ -119,7 +119,7 @@ def test_every_row_gets_its_own_scores_wherever_they_were_made(teacher, processe
 def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
     def work(accelerator):
         lengths = [(0, 20, False)] * (6 + 2 * (accelerator.process_index % 2))
-        return exchange(make_rows(accelerator.process_index, lengths), score, make_teacher(), 2, accelerator)
+        return exchange(make_rows(accelerator.process_index, lengths), score, make_teacher(), 50, 2, accelerator)
 
     for count in (2, 4, 8):
         made = processes(count)
@@ -132,5 +132,5 @@ def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
 
 def test_rows_that_are_even_stay_at_home(processes):
     made = processes(2)
-    made.run(lambda accelerator: exchange(make_rows(0, [(0, 20, False)] * 3), score, make_teacher(), 2, accelerator))
+    made.run(lambda accelerator: exchange(make_rows(0, [(0, 20, False)] * 3), score, make_teacher(), 50, 2, accelerator))
     assert made.sent == [16 + 3 * 24] * 2

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 
 import torch
@@ -41,7 +42,8 @@ class RowScorer:
     def __init__(
         self, teacher: Teacher, accelerator: Accelerator, tokens_per_batch: int, contract: TokenContract | None = None
     ):
-        self.teacher, self.accelerator, self.tokens_per_batch = teacher, accelerator, tokens_per_batch
+        self.teacher, self.accelerator = teacher, accelerator
+        self.tokens_per_batch = self._budget = tokens_per_batch  # `_budget` is that of all processes, never halved
         self.contract = contract or TokenContract(teacher)
         self.seconds = 0.0  # that the last call of `score` took, and the wait for early scores with it
         self._early: dict[tuple, TokenScores] = {}  # for the next call,
@@ -104,7 +106,8 @@ class RowScorer:
     def _score_with_all_processes(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         if self.accelerator.num_processes == 1:
             return self._score_here(rows, top_k)
-        return exchange(rows, lambda dealt: self._score_here(dealt, top_k), self.teacher, top_k, self.accelerator)
+        score = partial(self._score_here, top_k=top_k)
+        return exchange(rows, score, self.teacher, self._budget, top_k, self.accelerator)
 
     def _score_here(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         """Score rows in this process, in micro-batches."""
@@ -173,6 +176,7 @@ class RowScorer:
             [i if row.images else tuple(row.prompt.tolist()) for i, row in enumerate(rows)],
             [len(row.prompt) for row in rows],
             [len(row.completion) for row in rows],
+            self.tokens_per_batch,
         )
 
 
