@@ -142,7 +142,9 @@ def deal_rows(ranks, shares_prompts: bool, hidden_size: int, budget: int):
     """For each rank the rows that it scores, each with the rank that it is at home, dealt out as `exchange` does."""
     rows = [(row, home) for home, each in enumerate(ranks) for row in each]
     prompts, prompt_lengths, lengths = zip(*(row for row, _ in rows), strict=True)
-    groups = group_rows(prompts, prompt_lengths, lengths, budget) if shares_prompts else [[i] for i in range(len(rows))]
+    groups = [[i] for i in range(len(rows))]
+    if shares_prompts:
+        groups = group_rows(prompts, prompt_lengths, lengths, budget)
     costs = [count_cost(prompt_lengths[group[0]], [lengths[i] for i in group], hidden_size) for group in groups]
     homes = [rows[group[0]][1] for group in groups] if shares_prompts else None  # as of a sharded teacher
     hands = deal(costs, homes, [0] * len(ranks))

@@ -132,5 +132,6 @@ def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
 
 def test_rows_that_are_even_stay_at_home(processes):
     made = processes(2)
-    made.run(lambda accelerator: exchange(make_rows(0, [(0, 20, False)] * 3), score, make_teacher(), 50, 2, accelerator))
+    rows = make_rows(0, [(0, 20, False)] * 3)
+    made.run(lambda accelerator: exchange(rows, score, make_teacher(), 50, 2, accelerator))
     assert made.sent == [16 + 3 * 24] * 2

@@ -58,8 +58,8 @@ def test_when_sharing_pays():
     # one long completion would pad the others: 100 + 4 * 400 = 1,700 against 4 * 100 + 3 * 10 + 400 = 830
     assert not sharing_pays(100, [10, 10, 10, 400])
     assert not sharing_pays(512, [64])
-    # A micro-batch of its own for 24 + 8 * 6 = 72 tokens costs 72 + 4096 / 16 = 328, against 240 * 17 / 16 = 255 beside
-    # others; with a budget of 1,024 it is 72 + 64 = 136, less than two thirds of it
+    # A micro-batch of its own for 24 + 8 * 6 = 72 tokens costs 72 + 4096 / 16 = 328, against 240 * 17 / 16 = 255
+    # beside others; with a budget of 1,024 it is 72 + 64 = 136, less than two thirds of it
     assert not sharing_pays(24, [6] * 8, 4096) and sharing_pays(24, [6] * 8, 1024)
     # A third exactly: 2 + 2 * 1 = 4 tokens against 2 * (2 + 1) = 6; and less: 3 against 4
     assert sharing_pays(2, [1, 1]) and not sharing_pays(1, [1, 1])
