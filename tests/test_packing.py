@@ -133,8 +133,17 @@ def test_small_groups_do_not_have_a_micro_batch_each():
     assert len(cut([30] * len(groups), 4096)) == 1 and all(len(group) == 1 for group in groups)
 
 
-def test_a_slice_is_full_or_one_row():
-    assert slice_rows([3, 3, 4, 1, 20, 2], 10) == [[0, 1, 2], [3], [4], [5]] and slice_rows([], 10) == []
+@given(lengths, st.integers(1, 5))
+def test_slices_are_runs_of_about_the_same_tokens(lengths, number):
+    slices = slice_rows(lengths, number)
+    assert len(slices) == number and sum(slices, []) == list(range(len(lengths)))
+    for part in slices:
+        assert abs(sum(lengths[i] for i in part) - sum(lengths) / number) <= max(lengths, default=0)
+
+
+def test_hand_worked_slices():
+    # Of 33 tokens 16.5 each: the first four rows end at 3, 6, 10 and 11
+    assert slice_rows([3, 3, 4, 1, 20, 2], 2) == [[0, 1, 2, 3], [4, 5]] and slice_rows([], 2) == [[], []]
 
 
 def test_dealing_and_cutting_take_no_time_at_scale():

@@ -104,16 +104,12 @@ def deal(costs: Sequence[int], homes: Sequence[int] | None, loads: Sequence[int]
     return hands
 
 
-def slice_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Runs of rows of at most `size` tokens in all. One that is longer goes by itself."""
-    slices: list[list[int]] = []
-    tokens = size
-    for row, length in enumerate(lengths):
-        tokens += length
-        if tokens > size:
-            slices.append([])
-            tokens = length
-        slices[-1].append(row)
+def slice_rows(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """A number of runs of rows of about the same tokens each: it differs by a row at most."""
+    slices: list[list[int]] = [[] for _ in range(number)]
+    total = sum(lengths)
+    for row, end in enumerate(accumulate(lengths)):
+        slices[(end - 1) * number // total].append(row)
     return slices
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from math import ceil
 from threading import Lock
 
 import torch
@@ -19,7 +20,7 @@ from .rows import Row
 
 logger = get_logger(__name__)
 
-# Tokens of each process that are sent around and scored at once: with eight named tokens, 80 MB
+# About as many tokens of each process are sent around and scored at once: with eight named tokens, 80 MB
 SLICE = 2**20
 ONE_AT_A_TIME = Lock()  # of several teachers that score early: they share the device, and DeepSpeed's configuration
 
@@ -97,10 +98,9 @@ class RowScorer:
 
     def _score_slices(self, rows: list[Row], top_k: int) -> Iterable[TokenScores | None]:
         """Score rows, those of all processes together, no more at once than fit into a slice."""
-        slices = slice_rows([len(row) for row in rows], SLICE)
-        counts = self.accelerator.gather(torch.tensor([len(slices)], device=self.accelerator.device))
-        slices += [[]] * (int(counts.max()) - len(slices))
-        for numbers in slices:
+        lengths = [len(row) for row in rows]
+        totals = self.accelerator.gather(torch.tensor([sum(lengths)], device=self.accelerator.device))
+        for numbers in slice_rows(lengths, max(1, ceil(totals.max().item() / SLICE))):
             yield from self._score_with_all_processes([rows[i] for i in numbers], top_k)
 
     def _score_with_all_processes(self, rows: list[Row], top_k: int) -> list[TokenScores]:
