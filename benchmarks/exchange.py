@@ -53,7 +53,7 @@ def work():
     from trl_rlad.teachers import TokenContract, TokenScores
 
     class Teacher:
-        vocab_size, max_length, is_sharded, shares_prompts = VOCABULARY, float("inf"), False, True
+        vocab_size, max_length, is_sharded, shares_prompts, mixes_rows = VOCABULARY, float("inf"), False, True, True
         config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4096))
 
         def placed(self):
