@@ -38,7 +38,8 @@ class RowScorer:
             What the teacher can read and name. `None` lets it read all tokens and name none.
     """
 
-    failed_rows = 0  # of the last call of `score`, rows without scores
+    # Of the last call of `score`, rows without scores, and requests that had no place in flight when it began
+    failed_rows = queued_rows = 0
 
     def __init__(
         self, teacher: Teacher, accelerator: Accelerator, tokens_per_batch: int, contract: TokenContract | None = None
