@@ -200,9 +200,13 @@ class TeacherGuide(Guide):
     def _log_scoring(self, scores):
         trainer = self.trainer
         trainer.log_value("teacher/scoring_time", self.scorer.seconds)
-        if trainer.args.on_teacher_failure == "grpo":
-            failed = torch.tensor(self.scorer.failed_rows, device=scores["teacher_mask"].device)
-            trainer.log_value("teacher/failed_rows", trainer.accelerator.reduce(failed).item())
+        if trainer.args.teacher_servers:
+            counts = self.scorer.queued_rows, self.scorer.failed_rows
+            counts = torch.tensor(counts, device=trainer.accelerator.device)
+            queued, failed = trainer.accelerator.reduce(counts).tolist()
+            trainer.log_value("teacher/queued_rows", queued)
+            if trainer.args.on_teacher_failure == "grpo":
+                trainer.log_value("teacher/failed_rows", failed)
         if "teacher_index" in scores:
             for name, scorer in self.scorer.scorers.items():
                 trainer.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
