@@ -95,7 +95,9 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.before is None and args.save_strategy == "no":
             return
-        self.record["scores"] = {name: sample_scores(teacher) for name, teacher in self.teachers.items()}
+        self.record["scores"] = {
+            name: sample_scores(teacher) for name, teacher in self.teachers.items() if teacher.is_frozen
+        }
         self.record["max_steps"] = now = state.max_steps
         path, before = self.before or (None, {})
         self.before = None

@@ -52,7 +52,7 @@ class ServedTeacher:
     """
 
     is_sharded = shares_prompts = False
-    mixes_rows = True
+    is_frozen = mixes_rows = True
     length_remedy = "serve it with a higher `--max-model-len`"
 
     def __init__(self, urls: list[str], model: str | None, args: RLADConfig):
