@@ -148,6 +148,11 @@ class RunRecord(TrainerCallback):
                 f"there, delete {path}."
             )
         self.before = path, before
+        if self.record["settings"]["sync_ref_model"] and not all(each.is_frozen for each in self.teachers.values()):
+            logger.warning(
+                "TRL saves no reference model, so the teacher that lags behind the student (`sync_ref_model=True`) "
+                "begins anew as the model that the run began with."
+            )
         changes = [
             f"`{name}` from {before['settings'][name]} to {value}"
             for name, value in self.record["settings"].items()
