@@ -128,7 +128,9 @@ def main(
         callbacks=[KillAfter(kill_after)] if kill_after else None,
     )
     if fsdp:
-        trainer.teacher_scorer.scorers[""].teacher = shard_by_fsdp2(student if teacher == "self" else teacher, trainer, fsdp)
+        trainer.teacher_scorer.scorers[""].teacher = shard_by_fsdp2(
+            student if teacher == "self" else teacher, trainer, fsdp
+        )
     if teachers:  # in the middle of training, whose batches say what each row was
         return train_and_keep_batches(trainer, output_dir)
     rank, teacher = trainer.accelerator.process_index, trainer.teacher_scorer.teachers[""]

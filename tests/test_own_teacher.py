@@ -150,7 +150,9 @@ def test_the_student_stays_in_its_mode_with_its_adapter_and_teaches_without_drop
 
 def test_a_row_without_a_teacher_prompt_is_grpos(tmp_path, student_path):
     # It is told nothing that the student doesn't know, so the two agree
-    rows = [{**row, "teacher_prompt": None if i % 2 else row["teacher_prompt"]} for i, row in enumerate(make_dataset())]
+    rows = [
+        {**row, "teacher_prompt": None if i % 2 else row["teacher_prompt"]} for i, row in enumerate(make_dataset())
+    ]
     trainer = make(tmp_path, student_path, Dataset.from_list(rows), per_device_train_batch_size=16)
     batches = tiny.watch_batches(trainer)
     trainer.train()
