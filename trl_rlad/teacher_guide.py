@@ -157,6 +157,7 @@ class TeacherGuide(Guide):
 
     def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
         """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
+        assert self.scorer is not None
         given = [row.get("teacher_prompt") for row in rows]
         check_prompts(given, IN_BATCH)
         if not all(teacher.is_frozen or "teacher_prompt" in rows[0] for teacher in self.scorer.teachers.values()):

@@ -64,7 +64,8 @@ class RLADTrainer(GuidedGRPOTrainer):
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict` of these by name, *optional*):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
             the base model of a student that trains an adapter, or `"self"`, the student as it is, which reads the
-            dataset's column `teacher_prompt`. It must give the student's token ids the student's meaning. Of several teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
+            dataset's column `teacher_prompt`. It must give the student's token ids the student's meaning. Of several
+            teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
             Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and
             may be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
 

@@ -199,7 +199,8 @@ class ServedTeacher:
 
 
 class Card(NamedTuple):
-    """A model that a server lists, which says whose it is. Of an adapter `parent` and `base` are the name and the place of its base."""
+    """A model that a server lists. Of an adapter `parent` and `base` are the name and the place of its base. The
+    `owner` tells the server's kind."""
 
     id: str
     root: str | None
