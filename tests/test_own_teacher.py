@@ -11,6 +11,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_rlad import RLADTrainer
+from trl_rlad.scripts import train as script
+from trl_rlad.teachers import OwnTeacher
 
 
 NAMED = {"teacher_kl": "forward", "teacher_kl_coef": 0.5, "teacher_top_k": 4}
@@ -194,3 +196,13 @@ def test_a_stream_without_a_teacher_prompt_is_refused_at_its_first_batch(tmp_pat
     assert stream.column_names is None
     with pytest.raises(ValueError, match="column `teacher_prompt` tells it"):
         make(tmp_path, student_path, stream).train()
+
+
+def test_the_command_trains_a_student_that_teaches_itself(tmp_path, student_path):
+    make_dataset().to_json(tmp_path / "data" / "train.jsonl")
+    arguments = f"--dataset_name {tmp_path}/data --reward_funcs think_format_reward --output_dir {tmp_path}/out"
+    arguments += f" --model_name_or_path {student_path} --teacher_model_name_or_path self --use_cpu --bf16 false"
+    trainer, *_ = script.prepare([*arguments.split(), "--report_to", "none"])
+    assert isinstance(trainer.teacher_scorer.teachers[""], OwnTeacher)
+    with pytest.raises(ValueError, match="`--teacher_samples` samples another model than the student, and not 'self'"):
+        script.prepare([*arguments.split(), "--teacher_samples", "2"])

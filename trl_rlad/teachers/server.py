@@ -192,7 +192,7 @@ class ServedTeacher:
         return nullcontext()
 
     def find_image_problem(self, student):
-        return "it is behind a URL, where only token ids are sent"
+        return "it is behind a URL, where only token ids are sent, and would have to be loaded here"
 
     def release(self):
         self.servers.close()
