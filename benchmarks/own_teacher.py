@@ -1,95 +1,106 @@
 """
-Whether a student that has the solution before it can teach itself: `teacher_model="self"` in miniature.
+Whether a student that has the solution before it can teach itself: `teacher_model="self"` on a toy.
 
-The student of the main job misreads one of the four operators. It is trained on, on its own (mistaken) answers, and as
-often to repeat a solution that stands before the puzzle: so it can use a hint, and knows no more than before without
-one. Its `teacher_prompt` is the puzzle with the solution. A control is the student that never saw a hint.
+A prompt has three letters, and its solution their values under a secret permutation. The student has learnt to repeat
+a solution that stands before the letters, and to guess without one: it can use a hint, and knows nothing. Its
+`teacher_prompt` is the solution with the prompt. A control has learnt to guess alone.
 
-    python benchmarks/own_teacher.py  # a quarter of an hour of one core; writes results/own_teacher.md
+    python benchmarks/own_teacher.py  # two minutes of one core; writes results/own_teacher.md
 """
 
 import argparse
 import random
+import tempfile
 import time
 from pathlib import Path
 from statistics import mean, stdev
+from string import ascii_lowercase
 
 import torch
 import transformers
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from trl_rlad import RLADConfig, RLADTrainer
-from trl_rlad.scripts.arguments import MINI, read_method
-from trl_rlad.scripts.mini.make_models import MISREADINGS, make_pool, save, train
-from trl_rlad.scripts.tasks.mini import EOS, OPERATORS, correctness_reward, draw_puzzles, make_dataset, make_tokenizer
+from trl_rlad.scripts.arguments import read_method
+from trl_rlad.scripts.mini.make_models import STUDENT_SIZE, make_model, save
+from trl_rlad.scripts.tasks.mini import EOS, PAD, make_word_tokenizer
 
 
-PEOPLE, LENGTH, STEPS, ROLLOUTS, SEEDS = [2, 3], 17, 40, 128, (0, 1, 2)
+LETTERS, LENGTH, STEPS, SEEDS = ascii_lowercase[:16], 3, 60, (0, 1, 2)
+SECRET = dict(zip(LETTERS, random.Random(0).sample(LETTERS, len(LETTERS)), strict=True))
+TOKENIZER = make_word_tokenizer([PAD, EOS, *LETTERS])
+LAG = {"beta": 1e-6, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.05}
 METHODS = {
     "GRPO": (read_method("grpo"), None),
     "RLAD, itself": (read_method("rlad"), "self"),
     "RLAD + named, itself": (read_method("rlad_named"), "self"),
-    "the same, lagging behind": ({**read_method("rlad_named"), "beta": 1e-6, "sync_ref_model": True}
-        | {"ref_model_sync_steps": 5, "ref_model_mixup_alpha": 0.5}, "self"),
-    "RLAD + named, the larger teacher": (read_method("rlad_named"), str(MINI / "teacher")),
-}  # fmt: skip
+    "RLAD + named, itself, lagging behind": (read_method("rlad_named") | LAG, "self"),
+}
 
 
-def hint(row: dict) -> dict:
-    return {"teacher_prompt": f"{row['solution']} {row['prompt']}"}
+def make_dataset(size: int, seed: int) -> Dataset:
+    rng = random.Random(seed)
+    prompts = [rng.choices(LETTERS, k=LENGTH) for _ in range(size)]
+    rows = [{"prompt": " ".join(each), "solution": " ".join(SECRET[letter] for letter in each)} for each in prompts]
+    return Dataset.from_list([row | {"teacher_prompt": f"{row['solution']} {row['prompt']}"} for row in rows])
 
 
-def make_student(path: Path):
-    """Train the mistaken student on, to repeat a solution that stands before the puzzle."""
-    tokenizer = make_tokenizer()
-    ids, labels = make_pool(tokenizer, 0, OPERATORS | {"|": MISREADINGS["|"]})
-    puzzles = [puzzle for n in (2, 3, 4) for puzzle in draw_puzzles(n, 5000, random.Random(1), held_out=False)]
-    hinted = [f"{hint(each._asdict())['teacher_prompt']} {each.solution} {EOS}" for each in puzzles]
-    batch = tokenizer(hinted, padding=True, padding_side="right", return_tensors="pt")
-    lengths = torch.tensor([len(hint(each._asdict())["teacher_prompt"].split()) for each in puzzles])[:, None]
-    scored = (torch.arange(batch.input_ids.size(1)) >= lengths) & batch.attention_mask.bool()
-    own = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[: len(puzzles)]
-    width = batch.input_ids.size(1) - ids.size(1)
-    pad = torch.nn.functional.pad
-    ids = torch.cat([batch.input_ids, pad(ids[own], (0, width), value=tokenizer.pad_token_id)])
-    labels = torch.cat([batch.input_ids.masked_fill(~scored, -100), pad(labels[own], (0, width), value=-100)])
+def reward(completions: list[str], solution: list[str], **kwargs) -> list[float]:
+    return [float(completion.strip() == right) for completion, right in zip(completions, solution, strict=True)]
+
+
+def make_student(path: str, share: float, steps: int = 600):
+    """Train a student from scratch, on a `share` of hints that may be anything, and to guess."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(MINI / "student")
-    train("student", model, (ids, labels), 400, 1e-3)
-    save(model, path)
+    model, eos = make_model(STUDENT_SIZE, TOKENIZER), TOKENIZER.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        ids = torch.randint(2, len(TOKENIZER), (64, 3 * LENGTH + 1))
+        ids[:, -1] = eos
+        hinted = torch.rand(64) < share
+        ids[hinted, -LENGTH - 1 : -1] = ids[hinted, :LENGTH]
+        labels = ids.clone()
+        labels[:, : 2 * LENGTH] = -100
+        for rows, start in ((hinted, 0), (~hinted, LENGTH)):  # without a hint, all but it
+            if rows.any():
+                loss = model(ids[rows, start:], labels=labels[rows, start:]).loss * rows.float().mean()
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save(model, Path(path))
+    TOKENIZER.save_pretrained(path)
 
 
 @torch.no_grad()
-def accuracy(model, prompts: str) -> float:
-    """Share of held-out puzzles that are solved, greedily, from the column `prompts`, with dropout off."""
-    tokenizer, dataset = make_tokenizer(), make_dataset(PEOPLE, 384, 0, held_out=True).map(hint)
-    inputs = tokenizer(list(dataset[prompts]), padding=True, return_tensors="pt", return_token_type_ids=False)
-    output = model.eval().generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
-    completions = tokenizer.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
-    return 100 * mean(correctness_reward(completions, dataset["solution"]))
+def accuracy(model, column: str) -> float:
+    """Share of 200 prompts of which the likeliest answer is right, in percent."""
+    dataset = make_dataset(200, seed=100)
+    inputs = TOKENIZER(list(dataset[column]), return_tensors="pt", return_token_type_ids=False)
+    output = model.eval().generate(**inputs, max_new_tokens=LENGTH + 1, do_sample=False)
+    completions = TOKENIZER.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
+    return 100 * mean(reward(completions, dataset["solution"]))
 
 
-def run(student: str, method: str, seed: int, folder: Path) -> float:
+def run(student: str, method: str, seed: int, folder: str) -> float:
     settings, teacher = METHODS[method]
     args = RLADConfig(
-        str(folder / "trainer"),
+        folder,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        learning_rate=3e-4,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
         max_steps=STEPS,
-        per_device_train_batch_size=ROLLOUTS,
-        max_completion_length=LENGTH,
+        per_device_train_batch_size=64,
+        max_completion_length=LENGTH + 1,
         seed=seed,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         **settings,
     )
-    puzzles = make_dataset(PEOPLE, STEPS * ROLLOUTS // 8, seed, held_out=False).map(hint)
-    trainer = RLADTrainer(student, correctness_reward, args, puzzles, teacher_model=teacher)
+    trainer = RLADTrainer(student, reward, args, make_dataset(STEPS * 8, seed), teacher_model=teacher)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return accuracy(trainer.model, "prompt")
@@ -97,23 +108,23 @@ def run(student: str, method: str, seed: int, folder: Path) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/own_teacher"))
     parser.add_argument("--report", type=Path, default=Path(__file__).parent / "results" / "own_teacher.md")
-    args = parser.parse_args()
+    path = parser.parse_args().report
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    make_student(args.output_dir / "student")
-    students = {"can use a hint": str(args.output_dir / "student"), "can't": str(MINI / "student")}
-    start, lines = time.process_time(), []
-    for kind, student in students.items():
-        model = AutoModelForCausalLM.from_pretrained(student)
-        before = accuracy(model, "prompt"), accuracy(model, "teacher_prompt")
-        lines.append(f"| {kind} | before: without and with the hint | {before[0]:.1f} and {before[1]:.1f} | |")
-        for method in METHODS if kind == "can use a hint" else ["RLAD, itself", "RLAD + named, itself"]:
-            scores = [run(student, method, seed, args.output_dir) for seed in SEEDS]
-            lines.append(f"| {kind} | {method} | {mean(scores):.1f} | {stdev(scores):.1f} |")
-            print(lines[-1], f"{time.process_time() - start:.0f} s", flush=True)
-    args.report.write_text("\n".join(lines) + "\n")
+    lines = ["| student | method | right, % | standard deviation |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, share in (("can use a hint", 0.5), ("can't", 0.0)):
+            make_student(student := f"{folder}/{kind}", share)
+            model = AutoModelForCausalLM.from_pretrained(student)
+            before = accuracy(model, "prompt"), accuracy(model, "teacher_prompt")
+            lines.append(f"| {kind} | before training; with the hint {before[1]:.1f} | {before[0]:.1f} | |")
+            print(lines[-1], flush=True)
+            for method in METHODS if share else ["RLAD + named, itself"]:
+                scores = [run(student, method, seed, f"{folder}/run") for seed in SEEDS]
+                lines.append(f"| {kind} | {method} | {mean(scores):.1f} | {stdev(scores):.1f} |")
+                print(lines[-1], f"{time.process_time():.0f} s", flush=True)
+    path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
