@@ -210,7 +210,7 @@ def test_several_teachers(line, expected, in_file, tmp_path):
 @pytest.mark.parametrize(
     ("in_file", "line", "expected"),
     [
-        ({}, "", (1.0, 0.5)),  # the miniature's own
+        ({}, "", (0.0, 0.5)),  # the main job's own
         ({}, "--method grpo", (0.0, 1.0)),
         ({}, "--method grpo --alpha 0.25", (0.0, 0.25)),
         ({"alpha": 0.75}, "--method grpo", (0.0, 1.0)),
