@@ -185,6 +185,36 @@ def test_the_students_own_base_as_teacher(config, tmp_path, paths):
     assert abs(results[0]["logs"][2]["teacher/log_ratio"]) > 1e-3
 
 
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_student_as_its_own_teacher(config, lora, tmp_path, paths):
+    results = launch(tmp_path, config, student=paths["student"], teacher="self", lora=lora, **SAVED)
+    assert results[0]["teacher"] == "OwnTeacher" and len(results[0]["losses"]) == 3
+    students = (adapted_students_of if lora else students_of)(tmp_path, paths["student"])
+    for step, student in enumerate(students):  # each step's own
+        rows = [row for result in results for row in result["rows"][step]]
+        assert len(rows) == 8 and all(row["teacher_prompt"] == f"w1 w2 {row['prompt']}" for row in rows)
+        for result in results:
+            twin.assert_logged(result["logs"][step], twin.log_of_step(rows, student, student))
+
+
+def test_the_student_as_its_own_teacher_in_shards_of_fsdp2(tmp_path, paths):
+    # By its parts alone: on CPU, a launch by FSDP shards no student
+    results = launch(tmp_path, "ddp", fsdp="no", student=paths["teacher"], teacher="self", max_steps=1)
+    assert results[0]["teacher"] == "OwnTeacher"
+    assert_scores(results, paths["teacher"])
+    limit = 0.7 * tiny.make_model(**TEACHER).num_parameters()
+    assert all(result["most_parameters"] < limit for result in results), "a full copy of the student"
+
+
+def test_named_tokens_of_the_student_itself(tmp_path, paths):
+    results = launch(tmp_path, "zero3", student=paths["student"], teacher="self", **NAMED, **SAVED)
+    for step, student in enumerate(students_of(tmp_path, paths["student"])):
+        rows = [row for result in results for row in result["rows"][step]]
+        for result in results:
+            twin.assert_logged(result["logs"][step], twin.log_of_step(rows, student, student, **TWIN_NAMED))
+
+
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_a_killed_run_resumes_exactly(config, tmp_path, paths):
     kwargs = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, **paths}

@@ -535,10 +535,12 @@ def test_what_cannot_be_probed_is_refused(probe, make_trainer, tmp_path, student
     (tmp_path / "train.py").write_text("print('no trainer')")
     with pytest.raises(SystemExit, match="train.py came to its end without an `RLADTrainer`"):
         probe()
-    several, fast = Probe(make_trainer()), Probe(make_trainer())
+    several, fast, own = (Probe(make_trainer()) for _ in range(3))
     several.trainer.teacher_scorer.scorers["b"] = several.trainer.teacher_scorer.scorers[""]
     fast.trainer.use_vllm = True
-    for each, message in ((several, "a single teacher"), (fast, "doesn't go with `use_vllm`")):
+    own.trainer.teacher_scorer.scorers[""].teacher.is_frozen = False
+    cases = (several, "a single teacher"), (own, "not the student"), (fast, "doesn't go with `use_vllm`")
+    for each, message in cases:
         with pytest.raises(ValueError, match=message):
             each.sample_teacher(1)
 

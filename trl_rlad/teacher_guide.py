@@ -10,7 +10,7 @@ from accelerate.utils import is_peft_model
 from ._trl.loss_call import loss_is_patched
 from ._trl.names import CLIPPED_LOSS_TYPES, loss_mask
 from ._trl.seam import Guide, Rollouts
-from .columns import IN_BATCH, check_prompts, read_weights
+from .columns import IN_BATCH, NO_PROMPTS, check_prompts, read_weights
 from .evaluation import pass_at_k
 from .lm_head import LMHead
 from .objective.clipping import Clipping
@@ -157,8 +157,11 @@ class TeacherGuide(Guide):
 
     def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
         """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
+        assert self.scorer is not None
         given = [row.get("teacher_prompt") for row in rows]
         check_prompts(given, IN_BATCH)
+        if not all(teacher.is_frozen or "teacher_prompt" in rows[0] for teacher in self.scorer.teachers.values()):
+            raise ValueError(NO_PROMPTS)  # a stream is only known now
         if not any(given):
             return None
         # TRL tokenizes one prompt for each row

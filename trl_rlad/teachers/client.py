@@ -36,15 +36,15 @@ SILENT = "nothing yet"
 # What won't get better, and what helps then
 HOPELESS = httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL
 NO_TLS = "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "CERTIFICATE_VERIFY_FAILED"
-ONLY_VLLM = (
-    "Only vLLM's server returns the log-probabilities of a prompt: `transformers serve` and llama.cpp's server can't "
-    "be a teacher."
+WHICH_SERVERS = (
+    "Only the servers of vLLM and SGLang return the log-probabilities of a prompt: `transformers serve` and "
+    "llama.cpp's server can't be a teacher."
 )
 HINTS = {
     "status 401": "Set the environment variable `VLLM_API_KEY` to the key of the server.",
     "status 403": "Set the environment variable `VLLM_API_KEY` to the key of the server.",
     "greater than max allowed": "`--max-logprobs` must be 20 or more, and at least `teacher_top_k`.",
-    "prompt_logprobs": ONLY_VLLM,
+    "prompt_logprobs": WHICH_SERVERS,
 }
 
 
