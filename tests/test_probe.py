@@ -368,9 +368,9 @@ def probe(tmp_path, capsys, monkeypatch):
         captured = capsys.readouterr()
         assert (sys.argv, sys.path, Trainer.__init__) == before and not (tmp_path / "out").exists()
         report = json.loads(output.read_text()) if output.exists() else {}
+        run.err = captured.err
         if ended.value.args[0] != 0:  # the sentence of a refusal
             raise SystemExit(str(ended.value) if ended.type is SystemExit else captured.err)
-        run.err = captured.err
         return captured.out, report
 
     return run
@@ -594,6 +594,96 @@ def test_what_cannot_be_probed_is_refused(probe, make_trainer, tmp_path, student
     for each, message in ((several, "a single teacher"), (fast, "doesn't go with `use_vllm`")):
         with pytest.raises(ValueError, match=message):
             each.sample_teacher(1)
+
+
+OTHERS = """
+import sys
+from pathlib import Path
+import tiny
+import transformers
+import trl
+
+kind, student, output_dir = sys.argv[1:]
+
+
+class OwnLoopTrainer(trl.GRPOTrainer):
+    def train(self):
+        raise AssertionError("it trains by a loop of its own")
+
+
+def make(trainer, config, data=tiny.make_dataset(), **options):
+    args = config(output_dir, use_cpu=True, bf16=False, report_to="none")
+    return trainer(
+        model=tiny.make_model(0),
+        args=args,
+        train_dataset=data,
+        processing_class=tiny.make_tokenizer(),
+        **options,
+    )
+
+
+text = tiny.make_dataset().rename_column("prompt", "text")
+trainer = {
+    "GRPO": lambda: make(trl.GRPOTrainer, trl.GRPOConfig, reward_funcs=tiny.reward),
+    "OwnLoop": lambda: make(OwnLoopTrainer, trl.GRPOConfig, reward_funcs=tiny.reward),
+    "Distillation": lambda: make(trl.DistillationTrainer, trl.DistillationConfig, teacher_model=tiny.make_model(1)),
+    "SFT": lambda: make(trl.SFTTrainer, trl.SFTConfig, text),
+    "": lambda: transformers.Trainer(tiny.make_model(0), train_dataset=text),  # whose folder is `trainer_output`
+}[kind]()
+assert not Path(output_dir).exists(), "it writes to the folder"
+trainer.train()
+raise AssertionError("it has trained")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("GRPO", "trains with `GRPOTrainer`, which has no teacher. Two lines to change, and probe again:"),
+        ("OwnLoop", "trains with `OwnLoopTrainer`, which has no teacher. Two lines"),
+        ("Distillation", "first to train in the script is `DistillationTrainer`.*docs/migrating.md has the lines"),
+        ("SFT", "first to train in the script is `SFTTrainer`, and `trl-rlad probe` probes an `RLADTrainer`"),
+        ("", "first to train in the script is `Trainer`"),
+    ],
+)
+def test_any_trainer_is_stopped_before_its_first_step(kind, says, probe, tmp_path, student_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(OTHERS)
+    with pytest.raises(SystemExit, match=f"Refused: the.*{says}"):
+        probe(kind, student_path)
+    assert "Traceback" not in probe.err and {path.name for path in tmp_path.iterdir()} == {"train.py", "reports"}
+
+
+def test_the_two_lines_to_change_make_a_script_that_can_be_probed(probe, tmp_path, student_path, teacher_path):
+    """The very lines that the refusal has."""
+    script = tmp_path / "train.py"
+    text = """
+import sys
+import tiny
+from trl import GRPOConfig, GRPOTrainer
+
+student, teacher, output_dir = sys.argv[1:]
+args = tiny.make_config(output_dir, GRPOConfig, per_device_eval_batch_size=4)
+trainer = GRPOTrainer(student, tiny.reward, args, tiny.make_dataset())
+trainer.train()
+"""
+    script.write_text(text)
+    with pytest.raises(SystemExit, match="Refused"):
+        probe(student_path, teacher_path)
+    _, imports, call, _ = (line.strip() for line in probe.err.split("Refused: ")[1].strip().split("\n"))
+    text = text.replace("from trl import GRPOConfig, GRPOTrainer", imports)
+    keyword = call.removeprefix("trainer = GRPOTrainer(..., ").replace('"NAME OR PATH OF THE TEACHER"', "teacher")
+    script.write_text(text.replace("tiny.make_dataset())", f"tiny.make_dataset(), {keyword}"))
+    assert probe(student_path, teacher_path)[1]["prompts"] == 6
+
+
+def test_what_goes_wrong_within_the_probe_ends_it_with_its_traceback(probe, student_path, teacher_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Probe, "run", fail)
+    with pytest.raises(SystemExit, match="RuntimeError: out of memory"):
+        probe(student_path, teacher_path)
 
 
 def test_a_token_that_the_teacher_has_no_say_on_is_recorded_without_its_figures(make_trainer):
