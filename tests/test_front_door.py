@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from trl.scripts import grpo
 from trl_rlad import RLADTrainer
 from trl_rlad.cli import main as cli
 from trl_rlad.commands import train as command
+from trl_rlad.reports import probe_run
 from trl_rlad.scripts import train
 from trl_rlad.scripts.arguments import parse_teachers, read_method
 from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs, load_source
@@ -397,7 +399,16 @@ def test_a_method_is_found_by_either_spelling(name):
     assert read_method(name)["teacher_kl_on"] == "failed"
 
 
-def test_the_probe_runs_the_command_itself(place, tmp_path):
+def test_the_probe_runs_the_command_itself(place, tmp_path, monkeypatch, capsys):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(probe_run, "_leave", leave)
     output = tmp_path / "probe.json"
-    cli(["probe", "--prompts", "2", "--output", str(output), "train", *place.arguments("--output_dir", place.out)])
-    assert json.loads(output.read_text())["advice"]
+    arguments = place.arguments("--output_dir", place.out)
+    with pytest.raises(SystemExit, match="0"):
+        cli(["probe", "--prompts", "2", "--output", str(output), "train", *arguments])
+    pasted = capsys.readouterr().out.split("\n")[2]
+    assert pasted == f"Paste:      {json.loads(output.read_text())['advice']['paste']}"
+    assert f"trl-rlad train {shlex.join(map(str, arguments))}" in pasted
+    assert not Path(place.out).exists()

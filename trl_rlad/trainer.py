@@ -93,8 +93,6 @@ class RLADTrainer(GuidedGRPOTrainer):
     }
 
     own_columns = NAMES
-    # What `trl-rlad probe` puts in the place of training and evaluation
-    stand_in: Any = None
 
     def __init__(
         self,
@@ -124,18 +122,11 @@ class RLADTrainer(GuidedGRPOTrainer):
             check_writable(str(args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if self.stand_in is not None:
-            return self.stand_in.train(self)
         if resume_from_checkpoint is True:  # with none at all, transformers says so
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
         if resume_from_checkpoint is not True and resume_from_checkpoint:
             self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        if self.stand_in is not None:
-            return self.stand_in.evaluate(self)
-        return super().evaluate(*args, **kwargs)
 
     def _check_data(self, teachers):
         """Refuses datasets with a column of ours that can't be read. Streams are checked as they come."""
