@@ -12,20 +12,14 @@ each figure means is in the docstring of `trl_rlad.reports.probe.report`.
 """
 
 import json
-from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import REMAINDER, ArgumentParser
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from ..reports.probe import Estimate, recommend, report
-from ..reports.probe_output import print_report, write_picture
-from ..reports.probe_run import Probe, describe, load_trainer
-from ..scripts import train
+from . import HelpFormatter
 
 
 def main(arguments: list[str] | None = None):
-    parser = ArgumentParser("trl-rlad probe", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("trl-rlad probe", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--prompts", type=int, default=32, help="number of training prompts")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs", "probe.json"), help="report, with .png and .parquet beside it"
@@ -41,6 +35,14 @@ def main(arguments: list[str] | None = None):
     if args.output.is_dir() or args.output.suffix in (".png", ".parquet"):
         parser.error(f"--output must be a file for JSON, but is {args.output}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ..reports.probe import recommend, report
+    from ..reports.probe_output import print_report, write_picture
+    from ..reports.probe_run import Probe, describe, load_trainer
+    from ..scripts import train
+
     try:
         trainer = load_trainer(args.script, args.arguments, train.main if args.script == "train" else None)
         probe = Probe(trainer)
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None):
 
 def _plain(value):
     """A value for JSON, which has no NaN."""
-    if isinstance(value, Estimate):
+    if hasattr(value, "_asdict"):  # an `Estimate`
         return {name: _plain(each) for name, each in value._asdict().items()}
     if isinstance(value, float):
         return None if value != value else round(value, 4)

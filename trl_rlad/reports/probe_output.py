@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..rollouts import log_ratios
+from ..runs import log_ratios
 from .probe import ALPHAS
 
 
