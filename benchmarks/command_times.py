@@ -41,9 +41,14 @@ def main():
         f"| `{line}` | {seconds(args.before, arguments):.2f} | {seconds(ROOT, arguments):.2f} |"
         for line, arguments in lines.items()
     ]
-    cores = f"{os.cpu_count()} CPU cores, Python {sys.version.split()[0]}"
-    text = f"# Times of the commands\n\nSeconds, the least of three (`python {Path(__file__).parent.name}/{Path(__file__).name} RUN "
-    text += f"--before CHECKOUT`; {cores}).\n\n| | before | now |\n|---|---|---|\n" + "\n".join(rows)
+    text = f"""# Times of the commands
+
+Seconds, the least of three (`python benchmarks/command_times.py RUN --before CHECKOUT`; {os.cpu_count()} CPU cores,
+Python {sys.version.split()[0]}).
+
+| | before | now |
+|---|---|---|
+""" + "\n".join(rows)
     (ROOT / "benchmarks" / "results" / "command_times.md").write_text(text + "\n")
     print(text)
 
