@@ -1,6 +1,6 @@
 """
-How long `trl-rlad COMMAND --help` and `trl-rlad view RUN` take, beside the same of another checkout, in seconds: the
-least of three. Writes `results/command_times.md`.
+How long `trl-rlad COMMAND --help` and `trl-rlad view RUN` take, beside the same of another checkout: seconds of one
+core, which other work on the machine doesn't lengthen, the least of three. Writes `results/command_times.md`.
 
     python benchmarks/command_times.py outputs/mini-rlad --before ../a-checkout
 """
@@ -9,7 +9,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from trl_rlad.cli import COMMANDS
@@ -21,11 +20,12 @@ ROOT = Path(__file__).parent.parent
 def seconds(checkout: Path, arguments: list[str]) -> float:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         command = [sys.executable, "-m", "trl_rlad", *arguments]
         env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
-        subprocess.run(command, env=env, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
+        subprocess.run(command, cwd=checkout, env=env, check=True, capture_output=True)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     return min(times)
 
 
@@ -36,15 +36,15 @@ def main():
     args = parser.parse_args()
     lines = {"trl-rlad --help": ["--help"]}
     lines |= {f"trl-rlad {command} --help": [command, "--help"] for command in COMMANDS}
-    lines["trl-rlad view RUN"] = ["view", str(args.run), "--output", str(args.run / "view.html")]
+    lines["trl-rlad view RUN"] = ["view", str(args.run.resolve()), "--output", str(args.run.resolve() / "view.html")]
     rows = [
         f"| `{line}` | {seconds(args.before, arguments):.2f} | {seconds(ROOT, arguments):.2f} |"
         for line, arguments in lines.items()
     ]
     text = f"""# Times of the commands
 
-Seconds, the least of three (`python benchmarks/command_times.py RUN --before CHECKOUT`; {os.cpu_count()} CPU cores,
-Python {sys.version.split()[0]}).
+Seconds of one core, the least of three (`python benchmarks/command_times.py RUN --before CHECKOUT`; Python
+{sys.version.split()[0]}).
 
 | | before | now |
 |---|---|---|

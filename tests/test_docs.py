@@ -150,7 +150,7 @@ def test_what_the_diffs_convert_runs_before_and_after(was, side, tmp_path, monke
 
 def test_the_worked_example_prints_what_the_page_says(capsys):
     text = (ROOT / "docs/architecture.md").read_text()
-    section = text[text.index("## One token") : text.index("## Glossary")]
+    section = text[text.index("## One token") : text.index("## How to")]
     (_, _, source), (_, _, output) = BLOCK.findall(section)
     exec(source, {})
     assert capsys.readouterr().out == output
