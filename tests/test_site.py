@@ -31,7 +31,8 @@ MEASURE = """<script>window.addEventListener("load", async () => {
 })</script>"""
 # Each page in a window of each width: what reaches beyond the column, and isn't in a box that scrolls
 NARROW = """<script>
-const scrolls = (node, end) => node != end && (getComputedStyle(node).overflowX == "auto" || scrolls(node.parentNode, end));
+const scrolls = (node, end) =>
+  node != end && (getComputedStyle(node).overflowX == "auto" || scrolls(node.parentNode, end));
 window.addEventListener("load", async () => {
   const cut = {};
   for (const frame of document.querySelectorAll("iframe")) {
