@@ -1,7 +1,6 @@
 """What the probe makes of given rollouts, worked out by hand, and of real ones."""
 
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -807,11 +806,7 @@ def test_another_tokenizer_is_refused(probe, student_path, tmp_path):
     assert "differently" in json.loads((tmp_path / "reports" / "probe.json").read_text())["refused"]
 
 
-def test_the_command_line_is_quick():
-    loaded = "import sys; from trl_rlad.cli import main; main(['--help']); "
-    loaded += "sys.exit(bool({'torch', 'trl'} & sys.modules.keys()))"
-    result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
-    assert result.returncode == 0 and "probe" in result.stdout
+def test_no_such_command():
     with pytest.raises(SystemExit, match="no command 'prob'"):
         main(["prob"])
 
