@@ -20,6 +20,7 @@ ROOMS = (
     "rollouts",
     "teachers",
     "scoring",
+    "rollout_log",
     "checkpoints",
     "model_card",
     "teacher_guide",

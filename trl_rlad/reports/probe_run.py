@@ -17,7 +17,7 @@ from datasets import Dataset
 from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
-from ..rollouts import describe_rollouts
+from ..rollout_log import describe_rollouts
 from ..teacher_guide import TeacherGuide
 from ..trainer import RLADTrainer
 
@@ -157,7 +157,7 @@ class Probe:
 
     Attributes:
         rollouts (`list[dict]`):
-            A record for each completion of all processes, see [`~trl_rlad.rollouts.describe_rollouts`].
+            A record for each completion of all processes, see [`~trl_rlad.rollout_log.describe_rollouts`].
     """
 
     def __init__(self, trainer: RLADTrainer):
