@@ -192,9 +192,9 @@ class RLADConfig(GRPOConfig):
         > What is written down
 
         log_rollouts (`bool`, *optional*, defaults to `True`):
-            Whether a run with a teacher (or with `log_completions`) writes to `rollouts/` in `output_dir` what student
+            Whether a run with a teacher, or with `log_completions`, writes to `rollouts/` in `output_dir` what student
             and teacher make of each token of a few groups, for `trl-rlad view`: with each log, in at most 100 files of
-            some hundred KB.
+            less than 1 MB.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], as in the paper:

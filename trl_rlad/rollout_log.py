@@ -83,10 +83,10 @@ class RolloutLog(TrainerCallback):
     view`; and gives TRL's tables of `log_completions` a column `teacher_log_ratio`.
 
     The groups are a few of each kind ([`~trl_rlad.rollouts.choose_groups`]) of the last generation batch, and of each
-    evaluation, those of the main process. They go to `rollouts/rollouts_STEP.parquet` in the run's folder, one row for
-    each completion, and those of an evaluation to `rollouts_STEP_eval.parquet`: at most 100 files of each, spread over
-    the run, of at most 50,000 tokens, which take about 600 KB. STEP is that of the log; what student and teacher make
-    of a completion is of the last loss before it.
+    evaluation, those of the main process. They go to `rollouts/rollouts_STEP.parquet` in the run's folder, one row
+    for each completion, and those of an evaluation to `rollouts_STEP_eval.parquet`: at most 100 files of each, spread
+    over the run, of at most 60,000 tokens, which take less than 1 MB. STEP is that of the log; what student and
+    teacher make of a completion is of the last loss before it.
 
     Args:
         trainer ([`RLADTrainer`]):
@@ -213,17 +213,18 @@ class RolloutLog(TrainerCallback):
         rewards = {group: watched.rewards[group * size : (group + 1) * size] for group in groups}
         solved = {group: [None if x is None else x > bound for x in of_group] for group, of_group in rewards.items()}
         chosen = choose_groups(means, solved, step)
-        for group in sorted(chosen):
-            tokens, kept = 0, []
-            for number in sorted(groups[group], key=lambda n: -parts[n]):
+        # Of each group the row first in which the teacher's part is the largest, and then the others
+        order = [sorted(groups[group], key=lambda number: -parts[number]) for group in chosen]
+        tokens, kept = 0, []
+        for number in (of_group[rank] for rank in range(size) for of_group in order if rank < len(of_group)):
+            if not kept or tokens + lengths[number] <= TOKENS:
                 tokens += lengths[number]
-                if not kept or tokens <= TOKENS // len(chosen):
-                    kept.append(number)
-            for number in sorted(kept):
-                place = number % size
-                facts = {"step": step, "split": mode, "group": group, "kind": chosen[group], "rewards": rewards[group]}
-                facts |= {"reward": rewards[group][place], "solved": solved[group][place]}
-                yield facts | self._describe_row(watched.rows[number])
+                kept.append(number)
+        for number in sorted(kept):
+            group, place = divmod(number, size)
+            facts = {"step": step, "split": mode, "group": group, "kind": chosen[group], "rewards": rewards[group]}
+            facts |= {"reward": rewards[group][place], "solved": solved[group][place]}
+            yield facts | self._describe_row(watched.rows[number])
 
     def _describe_row(self, row):
         tokenizer = self.trainer.tokenizer

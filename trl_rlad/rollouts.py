@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from random import Random
 
@@ -22,7 +23,7 @@ KNOWN = TYPES | OF_TOKENS | OF_ROWS | {"row": pa.int64()}
 CLIPPED = ("", "teacher", "policy")  # by what the clipping has dropped a token from the gradient
 KINDS = ("changed most", "failed", "solved", "random")  # why a group is kept
 GROUPS = 2  # of each kind, in one file
-TOKENS = 50_000  # in one file
+TOKENS = 60_000  # in one file, which take less than 1 MB
 
 
 def log_ratios(record: dict) -> list[float | None]:
@@ -108,8 +109,16 @@ def _read(file: Path) -> list[dict]:
         lengths = {length, len(record["logps"]), len(teacher_logps), *map(len, optional)}
         logps = record["logps"] + [x for x in teacher_logps if x is not None]
         values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
-        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"]]
+        parts = record.get("part") or []
+        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"], *parts]
         kinds = {None, *range(len(CLIPPED))}
-        if not is_whole or not all(x <= 1.0 for x in logps) or not set(record.get("clipped") or ()) <= kinds:
+        numbers = [*logps, *parts, record["advantage"], record["reward"] or 0.0]
+        numbers += filter(None, record.get("rewards") or [])
+        if (
+            not is_whole
+            or not all(map(isfinite, numbers))
+            or not all(x <= 1.0 for x in logps)
+            or not set(record.get("clipped") or ()) <= kinds
+        ):
             raise ValueError("not every token has what belongs to it")
     return records
