@@ -16,7 +16,7 @@ from .lm_head import LMHead
 from .objective.clipping import Clipping
 from .objective.guidance import Guidance, Scores, guide, kl_mask, two_dimensional
 from .objective.schedule import Terms
-from .rollouts import RolloutLog
+from .rollout_log import RolloutLog
 from .scoring import TeacherScorer
 
 
@@ -70,8 +70,7 @@ class TeacherGuide(Guide):
         if not trainer.model.training:
             self._log_pass_at_k(rewards_per_func)
         if self.rollout_log is not None:
-            rewards = trainer.of_this_process(trainer.total_reward(rewards_per_func))
-            batch = self.rollout_log.choose(batch, rewards)
+            batch = self.rollout_log.number(batch, trainer.total_reward(rewards_per_func))
         if self.scorer is None:
             return batch
         if not terms.asks_teacher:
@@ -129,7 +128,7 @@ class TeacherGuide(Guide):
             trainer.log_value("teacher/kl_coef", terms.kl_coef)
         trainer.log_means(guidance.tokens | self._of_each_teacher(guidance.tokens, batch))
         if self.rollout_log is not None:
-            self.rollout_log.record(per_token_logps, guidance.causes, batch)
+            self.rollout_log.record(per_token_logps, guidance, batch)
         return guidance
 
     @staticmethod

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
-from .checkpoints import RunRecord, describe_settings
+from .checkpoints import RunRecord, describe_settings, last_checkpoint
 from .columns import NAMES, NO_PROMPTS, check_prompts, number_teachers, read_weights
 from .config import RLADConfig
 from .model_card import write_model_card
-from .rollouts import RolloutLog
-from .runs import last_checkpoint
+from .rollout_log import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide
@@ -114,7 +113,8 @@ class RLADTrainer(GuidedGRPOTrainer):
 
         self._check_data(teachers)
         self.teacher_scorer: Any = self._create_scorer(teachers) if teachers else None
-        self.rollout_log = RolloutLog(self) if args.log_completions else None
+        keeps_rollouts = args.log_rollouts and (teachers or args.log_completions)
+        self.rollout_log = RolloutLog(self) if keeps_rollouts else None
         self.run_record = RunRecord(args, self.teacher_scorer.teachers if self.teacher_scorer else {})
         for callback in filter(None, (self.teacher_scorer, self.rollout_log, self.run_record)):
             self.add_callback(callback)
