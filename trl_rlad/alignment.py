@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -145,26 +145,27 @@ def keep_chunks(student: torch.Tensor, teacher: torch.Tensor, size: int, bad: to
     return Alignment(numbers[student], numbers[teacher], int(kept.sum()))
 
 
-def join_pieces(pieces: Sequence[bytes], fits: Sequence[bool]) -> tuple[str, torch.Tensor, torch.Tensor]:
+def join_pieces(pieces: Sequence[bytes], fits: Sequence[bool]) -> tuple[str, np.ndarray, np.ndarray]:
     """The text of pieces without what is no UTF-8, where in it each ends, in bytes, and which of those that fit are
     whole, bool."""
-    ends, known = torch.tensor(list(accumulate(map(len, pieces)))), torch.tensor(fits, dtype=torch.bool)
+    ends, known = np.cumsum([*map(len, pieces)], dtype=np.int64), np.array(fits, dtype=bool)
     text = b"".join(pieces).decode(errors="surrogateescape")
-    if lost := [len(text[: each.start()].encode(errors="surrogateescape")) for each in NOT_UTF8.finditer(text)]:
-        counts = torch.searchsorted(torch.tensor(lost), ends)
-        return NOT_UTF8.sub("", text), ends - counts, known & (counts.diff(prepend=counts.new_zeros(1)) == 0)
-    return text, ends, known
+    lost = [len(text[: each.start()].encode(errors="surrogateescape")) for each in NOT_UTF8.finditer(text)]
+    counts = np.searchsorted(lost, ends)
+    return NOT_UTF8.sub("", text), ends - counts, known & (np.diff(counts, prepend=0) == 0)
 
 
-def find_ends(text: str, pieces: Sequence[bytes], ends: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def find_ends(
+    text: str, pieces: Sequence[bytes], fits: Sequence[bool], ends: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Where pieces end in a text, in bytes: by their own, and by `ends`, in characters, behind one that isn't what is
-    there (a letter in another case, say). Also whether each is what is there, bool."""
-    data, position, found, fits = text.encode(), 0, [], []
+    there (a letter in another case, say). Also which of those that fit are what is there, bool."""
+    data, position, found, are_there = text.encode(), 0, [], []
     for piece, end in zip(pieces, ends, strict=True):
-        fits.append(data.startswith(piece, position))
-        position = position + len(piece) if fits[-1] else max(position, len(text[:end].encode()))
+        are_there.append(data.startswith(piece, position))
+        position = position + len(piece) if are_there[-1] else max(position, len(text[:end].encode()))
         found.append(position)
-    return torch.tensor(found, dtype=torch.long), torch.tensor(fits, dtype=torch.bool)
+    return np.array(found, dtype=np.int64), np.array(are_there, dtype=bool) & np.array(fits, dtype=bool)
 
 
 def spread(means: torch.Tensor, old: torch.Tensor, first: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

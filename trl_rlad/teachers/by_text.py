@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
@@ -19,7 +20,6 @@ logger = get_logger(__name__)
 # Share of the wanted tokens of a generation batch, and of a dataset's prompts, for which a teacher may have no score
 MAX_UNALIGNED = 0.5
 PROMPTS_TO_ALIGN = 100
-END = b"\0"  # the piece of an end of turn, whatever its spelling
 
 
 class TextContract(TokenContract):
@@ -117,25 +117,24 @@ class TextContract(TokenContract):
     def align(self, completion: Sequence[int], is_chat: bool) -> tuple[torch.Tensor, Alignment]:
         """The teacher's token ids of a completion, and which of them belong to which of the student's."""
         student, teacher = self.student, self.pieces
-        pieces, fits = student.read(completion)
-        has_end = completion[-1] in self.student_ends
-        if has_end:
-            pieces[-1], fits[-1] = END, True
-        if is_chat and student.adds_space:
+        has_end = len(completion) > 0 and completion[-1] in self.student_ends
+        pieces, fits = student.read(completion[:-1] if has_end else completion)
+        if is_chat and student.adds_space and pieces:
             pieces[0] = pieces[0].removeprefix(b" ")  # which belongs to the student's chat format
         text, ends, known = join_pieces(pieces, fits)
-        body = text.removesuffix(END.decode()) if has_end else text
-        if teacher.adds_space and body and not body.startswith(" "):
-            text, body, ends = " " + text, " " + body, ends + 1
-            known[0] &= is_chat  # where it is this tokenizer's way to begin
-        own, own_ends = teacher.encode(body[1:] if teacher.adds_space else body)
-        own_ends = [end + teacher.adds_space for end in own_ends]
+        if teacher.adds_space and text and not text.startswith(" "):
+            text, ends = " " + text, ends + 1
+            known[:1] &= is_chat  # where it is this tokenizer's way to begin
+        own, own_ends = teacher.encode(text[1:] if teacher.adds_space else text)
         own_pieces, own_fits = teacher.read(own)
-        if has_end and self.end is not None:
-            own, own_ends = [*own, self.end], [*own_ends, len(text)]
-            own_pieces, own_fits = [*own_pieces, END], [*own_fits, True]
-        found, are_there = find_ends(text, own_pieces, own_ends)
-        alignment = align(ends, found, known, are_there & torch.tensor(own_fits, dtype=torch.bool))
+        own_ends, own_known = find_ends(text, own_pieces, own_fits, [end + teacher.adds_space for end in own_ends])
+        known &= ends <= own_ends.max(initial=0)
+        if has_end:  # behind all of the text
+            length = len(text.encode()) + 1
+            ends, known = np.append(ends, length), np.append(known, True)
+            if self.end is not None:
+                own, own_ends, own_known = [*own, self.end], np.append(own_ends, length), np.append(own_known, True)
+        alignment = align(*map(torch.from_numpy, (ends, own_ends, known, own_known)))
         starts_alike = not is_chat or teacher.adds_space == student.adds_space
         return torch.tensor(own, dtype=torch.long), alignment._replace(starts_alike=starts_alike)
 
