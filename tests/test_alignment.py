@@ -260,10 +260,11 @@ def test_a_chunk_with_a_token_that_is_not_wanted_is_none():
     assert restricted.student.tolist() == [2, 2, 0, 1, 2] and restricted.teacher.tolist() == [2, 0, 0, 1, 2]
 
 
-def test_named_tokens_are_those_at_the_first_token_of_a_chunk_that_are_one_token_of_the_student():
+def test_named_tokens_are_those_that_are_one_token_of_the_student_where_the_chunk_is_one_of_the_teacher():
     contract = make_contract("bytes", "characters")
     student, teacher = make_tokenizer("bytes"), make_tokenizer("characters")
-    # " the" is a token of the student and four of the teacher; a space and the end are one of both
+    # " the" is a token of the student and four of the teacher, which goes on behind the space that it may name; a
+    # space by itself and the end are one of both
     ids = [student.convert_tokens_to_ids(each) for each in ("Ġthe", "Ġ", "<|im_end|>")]
     own, alignment = contract.align(ids, True)
     assert teacher.convert_ids_to_tokens(own.tolist()) == [" ", "t", "h", "e", " ", "<eos>"]
@@ -271,9 +272,9 @@ def test_named_tokens_are_those_at_the_first_token_of_a_chunk_that_are_one_token
     logps = torch.arange(-18.0, 0.0).view(6, 3)
     scores = contract.to_student(TokenScores(torch.zeros(6), named, logps), alignment)
     nothing = -float("inf")
-    assert scores.top_logps.tolist() == [[-18, nothing, -16], [-6, nothing, -4], [-3, nothing, -1]]
+    assert scores.top_logps.tolist() == [[nothing] * 3, [-6, nothing, -4], [-3, nothing, -1]]
     t = student.convert_tokens_to_ids("t")
-    assert scores.top_ids.tolist() == [[t, 0, student.eos_token_id]] * 3
+    assert scores.top_ids[1:].tolist() == [[t, 0, student.eos_token_id]] * 2
 
 
 def test_at_the_beginning_a_space_is_no_name_where_only_one_of_the_two_begins_with_it():

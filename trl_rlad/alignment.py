@@ -102,12 +102,14 @@ class Alignment(NamedTuple):
         return (sums / counts)[student].to(logps.dtype)
 
     def named(self, values: torch.Tensor, otherwise: float) -> torch.Tensor:
-        """What the teacher names in the place of each student's token `(T, k)`, by its own `(S, k)`: where both are
-        the first of a chunk, and `otherwise` elsewhere."""
+        """What the teacher names in the place of each student's token `(T, k)`, by its own `(S, k)`: at the first of
+        a chunk that is one token of the teacher's, and `otherwise` elsewhere. In a chunk of several it goes on behind
+        the first, where the student may have a longer token."""
         result = values.new_full((len(self.student), values.size(1)), otherwise)
         places, own = (first_of(numbers, self.size)[:-1] for numbers in (self.student, self.teacher))
-        is_alike = (places > 0) | self.starts_alike
-        result[places[is_alike]] = values[own[is_alike]]
+        is_named = self.teacher.bincount(minlength=self.size + 1)[:-1] == 1
+        is_named &= (places > 0) | self.starts_alike
+        result[places[is_named]] = values[own[is_named]]
         return result
 
 
