@@ -602,7 +602,7 @@ for kwargs in ({"n_people": [5]}, {"n_people": [1]}, {"n_people": []}, {"n_peopl
     text = json.dumps(kwargs)
 
     refused("`rlad_grpo.py`", f"`--task_kwargs '{text}'` of the mini task", "`--task_kwargs`", "some of 2, 3 and 4")(
-        lambda place, text=text: place.run(train, "--task_kwargs", text)
+        lambda place, text=text: place.run(train, "--task", "mini", "--task_kwargs", text)
     )
 
 
