@@ -15,12 +15,13 @@ import json
 import os
 import warnings
 import webbrowser
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from itertools import chain
 from pathlib import Path
 
 from ..reports.view import render
-from ..rollouts import FOLDER, read_rollouts
+from ..runs import FOLDER, last_checkpoint, read_rollouts
+from . import HelpFormatter
 
 
 STATE = "trainer_state.json"
@@ -29,8 +30,7 @@ STATE = "trainer_state.json"
 def read_log(path: Path) -> list[dict]:
     """The numbers in the log of a run by its output folder; empty if it has none yet. A file that can't be read is
     passed over with a warning."""
-    checkpoints = [each for each in path.glob("checkpoint-*") if each.name.partition("-")[2].isdigit()]
-    for folder in (path, *sorted(checkpoints, key=lambda each: -int(each.name.partition("-")[2]))):
+    for folder in (path, Path(last_checkpoint(str(path)) or path)):
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
             return [
@@ -88,13 +88,11 @@ def _steps(steps):
 
 
 def main(arguments: list[str] | None = None):
-    parser = ArgumentParser("trl-rlad view", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("trl-rlad view", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder, or NAME=FOLDER; the newest if left out")
     parser.add_argument("--output", type=Path, help="where the page goes: view.html in the run's folder if left out")
     parser.add_argument("--step", type=int, help="show only the rollouts of this step")
-    parser.add_argument(
-        "--tokens", type=int, default=2_000_000, help="show groups until they have this many tokens (%(default)s)"
-    )
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="show groups until they have this many tokens")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     args = parser.parse_args(arguments)
     if args.tokens < 1:
