@@ -11,10 +11,7 @@ from trl_rlad.reports.view import render
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on this machine"),
-]
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on this machine")
 
 FIRST, SECOND = "[data-first='1']", "[data-first='2']"
 

@@ -22,7 +22,7 @@ from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
 from transformers import AutoModelForCausalLM
 
-from trl_rlad.runs import read_rollouts
+from trl_rlad.rollouts import read_rollouts
 
 
 TESTS = Path(__file__).parent

@@ -12,10 +12,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_rlad import RLADTrainer, rollouts
+from trl_rlad import RLADTrainer, rollout_log
 from trl_rlad.reports.metrics_table import MetricsTable
-from trl_rlad.rollouts import describe_rollouts, split_text
-from trl_rlad.runs import choose_groups, log_ratios, read_rollouts
+from trl_rlad.rollout_log import describe_rollouts, split_text
+from trl_rlad.rollouts import choose_groups, log_ratios, read_rollouts
 
 
 NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward"}
@@ -412,9 +412,9 @@ def test_an_evaluation_leaves_rollouts_of_its_own(run):
 
 
 def test_memory_and_files_are_bounded(make_trainer, monkeypatch):
-    monkeypatch.setattr(rollouts, "WATCHED", 40)
-    monkeypatch.setattr(rollouts, "TOKENS", 20)
-    monkeypatch.setattr(rollouts, "FILES", 2)
+    monkeypatch.setattr(rollout_log, "WATCHED", 40)
+    monkeypatch.setattr(rollout_log, "TOKENS", 20)
+    monkeypatch.setattr(rollout_log, "FILES", 2)
     trainer = make_trainer(max_steps=4, per_device_train_batch_size=16)
     trainer.train()
     watched = trainer.rollout_log.watched["train"]

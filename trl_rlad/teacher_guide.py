@@ -16,7 +16,7 @@ from .lm_head import LMHead
 from .objective.clipping import Clipping
 from .objective.guidance import Guidance, Scores, guide, kl_mask, two_dimensional
 from .objective.schedule import Terms
-from .rollouts import RolloutLog
+from .rollout_log import RolloutLog
 from .scoring import TeacherScorer
 
 

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
-from .checkpoints import RunRecord, describe_settings
+from .checkpoints import RunRecord, describe_settings, last_checkpoint
 from .columns import NAMES, NO_PROMPTS, check_prompts, number_teachers, read_weights
 from .config import RLADConfig
 from .model_card import write_model_card
-from .rollouts import RolloutLog
-from .runs import last_checkpoint
+from .rollout_log import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
     check(parser, args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    from ..reports.probe_job import run
+    from .probe_job import run
 
     run(args)
 

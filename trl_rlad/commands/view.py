@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..reports.view import render
-from ..runs import FOLDER, last_checkpoint, read_rollouts
+from ..rollouts import FOLDER, read_rollouts
 from . import HelpFormatter
 
 
@@ -30,7 +30,8 @@ STATE = "trainer_state.json"
 def read_log(path: Path) -> list[dict]:
     """The numbers in the log of a run by its output folder; empty if it has none yet. A file that can't be read is
     passed over with a warning."""
-    for folder in (path, Path(last_checkpoint(str(path)) or path)):
+    checkpoints = [each for each in path.glob("checkpoint-*") if each.name.partition("-")[2].isdigit()]
+    for folder in (path, *sorted(checkpoints, key=lambda each: -int(each.name.partition("-")[2]))):
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
             return [

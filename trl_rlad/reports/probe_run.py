@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
-from ..rollouts import describe_rollouts
+from ..rollout_log import describe_rollouts
 from ..teacher_guide import TeacherGuide
 from ..trainer import RLADTrainer
 from .probe import Estimate, estimate
@@ -229,7 +229,7 @@ class Probe:
 
     Attributes:
         rollouts (`list[dict]`):
-            A record for each completion of all processes, see [`~trl_rlad.rollouts.describe_rollouts`].
+            A record for each completion of all processes, see [`~trl_rlad.rollout_log.describe_rollouts`].
     """
 
     def __init__(self, trainer: RLADTrainer):

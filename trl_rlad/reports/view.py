@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runs import log_ratios
+from ..rollouts import log_ratios
 from .curves import draw_curves
 
 
@@ -35,7 +35,7 @@ def render(runs: list[tuple[str, list[dict], list[dict]]], max_tokens: int = 2_0
 
     Args:
         runs (`list[tuple[str, list[dict], list[dict]]]`):
-            Of each run its name, the records of its rollouts (see [`~trl_rlad.rollouts.describe_rollouts`]) and its
+            Of each run its name, the records of its rollouts (see [`~trl_rlad.rollout_log.describe_rollouts`]) and its
             log, as transformers keeps it in `trainer_state.json`. Runs of the same name, such as those of several
             seeds, share a curve.
         max_tokens (`int`, *optional*, defaults to `2_000_000`):

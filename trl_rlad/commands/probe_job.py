@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .._trl.names import get_config_model_id
+from ..reports.advice import OFFLINE, recommend, settings_to_paste
+from ..reports.probe import Estimate, report
+from ..reports.probe_output import print_report, render_page, write_picture
+from ..reports.probe_run import Probe, check_trainer, describe, run_until_training
 from ..scripts import train
 from ..scripts.arguments import read_config
-from .advice import OFFLINE, recommend, settings_to_paste
-from .probe import Estimate, report
-from .probe_output import print_report, render_page, write_picture
-from .probe_run import Probe, check_trainer, describe, run_until_training
 
 
 def run(args):
