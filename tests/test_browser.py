@@ -11,7 +11,10 @@ from trl_rlad.reports.view import render
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on this machine")
+pytestmark = [
+    pytest.mark.slow,  # and one process, with one browser
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver on this machine"),
+]
 
 FIRST, SECOND = "[data-first='1']", "[data-first='2']"
 
@@ -289,7 +292,6 @@ def test_a_telephone_shows_all_without_a_sidewards_scroll_bar(is_dark, see, brow
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-@pytest.mark.slow
 def test_64_completions_of_30000_tokens_open_at_once(see):
     tokens = [f" word{i % 997}" for i in range(30_000)]
     gaps = [2.5 if i % 50 < 3 else 0.0 for i in range(30_000)]

@@ -83,6 +83,7 @@ def place(shared, tmp_path, monkeypatch):
 
 
 def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "reward": 0.5}]}')
     code = """if True:
         import sys
         from trl_rlad.cli import COMMANDS, main
@@ -118,7 +119,7 @@ def test_help_shows_defaults(command, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         cli([command, "--help"])
     shown = {
-        "view": ["(default: 20000)"],
+        "view": ["(default: 2000000)"],
         "probe": ["(default: 32)"],
         "compare": ["(default: auto)"],
         "train": ["(default: 0.5)", "(default: 16,384 on a GPU and 1,024 on a CPU)"],
