@@ -83,6 +83,7 @@ def place(shared, tmp_path, monkeypatch):
 
 
 def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "reward": 0.5}]}')
     code = """if True:
         import sys
         from trl_rlad.cli import COMMANDS, main
