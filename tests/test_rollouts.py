@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from trl_rlad import RLADTrainer
 from trl_rlad.reports.metrics_table import MetricsTable
 from trl_rlad.reports.view import render
-from trl_rlad.rollouts import describe_rollouts, read_rollouts, split_text
+from trl_rlad.rollouts import describe_rollouts, split_text
+from trl_rlad.runs import read_rollouts
 
 
 NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward"}

@@ -14,6 +14,7 @@ ROOMS = (
     "packing",
     "trials",
     "columns",
+    "runs",
     "_trl",
     "config",
     "lm_head",

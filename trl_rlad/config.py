@@ -181,7 +181,7 @@ class RLADConfig(GRPOConfig):
             A process that is stuck is then named, and training ends. Servers are given half of it, to be ready at the
             start, to be started again and to answer.
         teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
-            Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
+            Address of a vLLM or SGLang server that has the teacher, or of several that have the same; of several
             teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed
             then, unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
         on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
@@ -299,8 +299,8 @@ class RLADConfig(GRPOConfig):
         if self.temperature != 1.0:
             raise ValueError(
                 f"With `temperature={self.temperature}` a teacher behind one of `teacher_server_urls` would be wrong, "
-                "as vLLM returns the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, or load "
-                "the teacher here, as `teacher_model`."
+                "as vLLM and SGLang return the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, "
+                "or load the teacher here, as `teacher_model`."
             )
 
     def _check_together(self):

@@ -1,6 +1,5 @@
-"""What student and teacher make of each token of a rollout: as records, and in the folder of a run."""
+"""What student and teacher make of each token of a rollout: as records, and into the folder of a run."""
 
-import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,14 +8,10 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from .runs import CLIPPED, FOLDER
 
-FOLDER = "rollouts"  # in a run's `output_dir`
-# What a file of rollouts must have to be read again; `clipped` may be missing
-NUMBERS, TEXTS = pa.list_(pa.float64()), pa.list_(pa.string())
-TYPES = {"step": pa.int64(), "group": pa.int64(), "prompt": pa.string(), "reward": pa.float64()}
-TYPES |= {"advantage": pa.float64(), "tokens": TEXTS, "logps": NUMBERS, "teacher_logps": NUMBERS}
+
 GROUPS = 4  # of one generation batch: enough to see what happens, and a few hundred KB each
-CLIPPED = ("", "teacher", "policy")  # by what the clipping has dropped a token from the gradient
 
 
 def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -72,12 +67,6 @@ def describe_rollouts(
 
 def _known(value):
     return None if value != value else value
-
-
-def log_ratios(record: dict) -> list[float | None]:
-    """log(student / teacher) at each token of a record, in nats, `None` where the teacher has scored nothing."""
-    pairs = zip(record["logps"], record["teacher_logps"], strict=True)
-    return [None if teacher is None else student - teacher for student, teacher in pairs]
 
 
 class RolloutLog(TrainerCallback):
@@ -172,35 +161,3 @@ class RolloutLog(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             records = [{"step": state.global_step, **self.records[number]} for number in sorted(self.records)]
             pq.write_table(pa.Table.from_pylist(records), path)
-
-
-def read_rollouts(path: str | Path) -> list[dict]:
-    """The records of a Parquet file, or of all those in the folder `rollouts` of a run. A file that was not written to
-    its end, or has something else in it, is passed over with a warning."""
-    path, records = Path(path), []
-    for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
-        try:
-            records += _read(file)
-        except (OSError, TypeError, ValueError, pa.ArrowException) as error:
-            warnings.warn(f"{file} isn't a whole file of rollouts, so it is passed over: {error}", stacklevel=2)
-    return records
-
-
-def _read(file: Path) -> list[dict]:
-    table, types = pq.read_table(file), TYPES | {"clipped": pa.list_(pa.int64())}
-    if missing := TYPES.keys() - set(table.column_names):
-        raise ValueError(f"it has no column {sorted(missing)[0]}")
-    schema = pa.schema([(each.name, types.get(each.name, each.type)) for each in table.schema])
-    records = table.cast(schema).to_pylist()
-    for record in records:
-        length = len(record["tokens"])
-        clipped, teacher_logps = (record.get(name) or [None] * length for name in ("clipped", "teacher_logps"))
-        record["teacher_logps"] = teacher_logps
-        lengths = {length, len(record["logps"]), len(teacher_logps), len(clipped)}
-        logps = record["logps"] + [x for x in teacher_logps if x is not None]
-        values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
-        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"]]
-        kinds = {None, *range(len(CLIPPED))}
-        if not is_whole or not all(x <= 1.0 for x in logps) or not set(clipped) <= kinds:
-            raise ValueError("not every token has what belongs to it")
-    return records

@@ -10,7 +10,7 @@ from accelerate.utils import is_peft_model
 from ._trl.loss_call import loss_is_patched
 from ._trl.names import CLIPPED_LOSS_TYPES, loss_mask
 from ._trl.seam import Guide, Rollouts
-from .columns import IN_BATCH, check_prompts, read_weights
+from .columns import IN_BATCH, NO_PROMPTS, check_prompts, read_weights
 from .evaluation import pass_at_k
 from .lm_head import LMHead
 from .objective.clipping import Clipping
@@ -157,8 +157,11 @@ class TeacherGuide(Guide):
 
     def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
         """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
+        assert self.scorer is not None
         given = [row.get("teacher_prompt") for row in rows]
         check_prompts(given, IN_BATCH)
+        if not all(teacher.is_frozen or "teacher_prompt" in rows[0] for teacher in self.scorer.teachers.values()):
+            raise ValueError(NO_PROMPTS)  # a stream is only known now
         if not any(given):
             return None
         # TRL tokenizes one prompt for each row
@@ -200,9 +203,13 @@ class TeacherGuide(Guide):
     def _log_scoring(self, scores):
         trainer = self.trainer
         trainer.log_value("teacher/scoring_time", self.scorer.seconds)
-        if trainer.args.on_teacher_failure == "grpo":
-            failed = torch.tensor(self.scorer.failed_rows, device=scores["teacher_mask"].device)
-            trainer.log_value("teacher/failed_rows", trainer.accelerator.reduce(failed).item())
+        if trainer.args.teacher_servers:
+            counts = self.scorer.queued_rows, self.scorer.failed_rows
+            counts = torch.tensor(counts, device=trainer.accelerator.device)
+            queued, failed = trainer.accelerator.reduce(counts).tolist()
+            trainer.log_value("teacher/queued_rows", queued)
+            if trainer.args.on_teacher_failure == "grpo":
+                trainer.log_value("teacher/failed_rows", failed)
         if "teacher_index" in scores:
             for name, scorer in self.scorer.scorers.items():
                 trainer.log_value(f"teacher/{name}/scoring_time", scorer.seconds)

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
-from .checkpoints import RunRecord, describe_settings, last_checkpoint
-from .columns import NAMES, check_prompts, check_readers, number_teachers, read_weights
+from .checkpoints import RunRecord, describe_settings
+from .columns import NAMES, NO_PROMPTS, check_prompts, check_readers, number_teachers, read_weights
 from .config import RLADConfig, did_you_mean
 from .model_card import write_model_card
 from .rollouts import RolloutLog
+from .runs import last_checkpoint
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide
@@ -63,8 +64,9 @@ class RLADTrainer(GuidedGRPOTrainer):
             All other arguments of [`~trl.GRPOTrainer`], in its order.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict` of these by name, *optional*):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
-            the base model of a student that trains an adapter. It must give the student's token ids the student's
-            meaning. Of several teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
+            the base model of a student that trains an adapter, or `"self"`, the student as it is, which reads the
+            dataset's column `teacher_prompt`. It must give the student's token ids the student's meaning. Of several
+            teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
             Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and
             may be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
 
@@ -139,12 +141,17 @@ class RLADTrainer(GuidedGRPOTrainer):
                     "A row with a `teacher_prompt` has its teacher read that as it stands: nothing of what a "
                     "`rollout_func` or the `reset` of an environment has made of the prompt is added."
                 )
+            if columns and "teacher_prompt" not in columns and "self" in teachers.values():
+                raise ValueError(NO_PROMPTS)
             if not isinstance(dataset, Dataset):
                 continue
             if "teacher_weight" in columns:
                 read_weights(dataset["teacher_weight"])
             if "teacher_prompt" in columns:
-                check_prompts(dataset.select_columns("teacher_prompt")[:PROMPTS_TO_MEASURE]["teacher_prompt"])
+                prompts = dataset.select_columns("teacher_prompt")[:PROMPTS_TO_MEASURE]["teacher_prompt"]
+                check_prompts(prompts)
+                if "self" in teachers.values() and not any(prompts):
+                    raise ValueError(NO_PROMPTS)
             if "teacher_id" in columns and "" in teachers:
                 logger.warning(
                     "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass "
@@ -182,7 +189,9 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     def _create_row_scorer(self, teacher_model, urls, bases) -> RowScorer:
         args, tokenizer = self.args, self.tokenizer
-        teacher = create_teacher(teacher_model, args, self.accelerator, lambda: self.model, tokenizer, urls, bases)
+        # The model that `sync_ref_model` has follow the student is what "self" lags behind as, where there is one
+        student = (lambda: self.ref_model) if args.sync_ref_model else (lambda: self.model)
+        teacher = create_teacher(teacher_model, args, self.accelerator, student, tokenizer, urls, bases)
         processor: Any = self.processing_class if self.is_vision_language_model else None
         contract = TokenContract.between(tokenizer, teacher, self.eos_token_ids, processor)
         for dataset in self._datasets():
@@ -259,7 +268,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
     if any(_share_weights(model, each) for each in teachers.values()):
         raise ValueError(
             "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
-            'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base".'
+            'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base"; for one '
+            'that teaches itself what its `teacher_prompt` says, "self".'
         )
     return teachers
 

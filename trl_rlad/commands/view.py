@@ -11,17 +11,17 @@ checkpoint; rollouts from what a training with `log_completions` has written.
 
 import json
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
-from ..checkpoints import last_checkpoint
-from ..reports.view import render
-from ..rollouts import read_rollouts
+from . import HelpFormatter
 
 
 def read_log(path: Path) -> list[dict]:
     """The numbers in the log of a run by its output folder; empty if it has none yet. A file that can't be read is
     passed over with a warning."""
+    from ..runs import last_checkpoint
+
     for folder in (path, Path(last_checkpoint(str(path)) or path)):
         file = folder / "trainer_state.json"
         try:
@@ -40,6 +40,8 @@ def read_log(path: Path) -> list[dict]:
 
 def read_run(run: str) -> tuple[str, list[dict], list[dict]]:
     """Name, rollouts and log of what was named on the command line."""
+    from ..runs import read_rollouts
+
     name, _, path = run.rpartition("=") if not Path(run).exists() else ("", "", run)
     path = Path(path)
     if not path.exists():
@@ -48,7 +50,7 @@ def read_run(run: str) -> tuple[str, list[dict], list[dict]]:
 
 
 def main(arguments: list[str] | None = None):
-    parser = ArgumentParser("trl-rlad view", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("trl-rlad view", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder, or NAME=FOLDER")
     parser.add_argument("--output", type=Path, default=Path("outputs", "view.html"), help="where the page goes")
     parser.add_argument("--step", type=int, help="show only the rollouts of this step")
@@ -56,6 +58,8 @@ def main(arguments: list[str] | None = None):
     args = parser.parse_args(arguments)
     if args.tokens < 1:
         parser.error(f"--tokens must be at least 1, but is {args.tokens}")
+    from ..reports.view import render
+
     runs = [read_run(run) for run in args.runs]
     if args.step is not None:
         runs = [(name, [each for each in rollouts if each["step"] == args.step], log) for name, rollouts, log in runs]

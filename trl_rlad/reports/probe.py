@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..evaluation import pass_at_k
-from ..rollouts import log_ratios
+from ..runs import log_ratios
 
 
 STUDY = Path(__file__).with_name("study.json")

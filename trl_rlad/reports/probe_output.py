@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TextIO
 
-from ..rollouts import log_ratios
+from ..runs import log_ratios
 from .probe import ALPHAS, FEW
 from .view import render
 

@@ -252,8 +252,11 @@ class Probe:
         `teacher_rescues`."""
         trainer, guide = self.trainer, _SuccessGuide(self.trainer)
         teachers = list(trainer.teacher_scorer.teachers.values())
-        if len(teachers) > 1 or teachers[0].is_sharded or not hasattr(teachers[0], "model"):
-            raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
+        of_its_own = len(teachers) == 1 and teachers[0].is_frozen and hasattr(teachers[0], "model")
+        if not of_its_own or teachers[0].is_sharded:
+            raise ValueError(
+                "`--sample_teacher` takes a single teacher that is a whole model in each process, and not the student."
+            )
         if trainer.use_vllm:
             raise ValueError(
                 "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `trl-rlad evaluate`."

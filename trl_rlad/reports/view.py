@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..rollouts import CLIPPED, log_ratios
+from ..runs import CLIPPED, log_ratios
 
 
 STEPS = (0.1, 0.3, 1.0, 2.0, 4.0)  # nats of disagreement from which a token is coloured more deeply
