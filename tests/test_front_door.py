@@ -182,7 +182,7 @@ def test_a_configuration_of_accelerate_by_its_name(name, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--teacher_kl_coeff 1.0", "there is no --teacher_kl_coeff: did you mean --teacher_kl_coef?"),
+        ("--teacher_kl_coeff 1.0", "there is no --teacher_kl_coeff. Did you mean `--teacher_kl_coef`?"),
         ("--num_processes 2", "2 processes without GPUs need a configuration: --accelerate_config zero3"),
         ("--accelerate_config zero4", "Refused: `--accelerate_config zero4` is neither a file nor one of cpu, fsdp2"),
         ("--alpha 2", "Refused: `alpha` must be in [0, 1]"),
