@@ -120,7 +120,7 @@ def test_help_shows_defaults(command, capsys):
         "probe": ["(default: 32)"],
         "compare": ["(default: auto)"],
         "train": ["(default: 0.5)", "(default: 16,384 on a GPU and 1,024 on a CPU)"],
-        "distil": ["(default: 1200)", "(default: that of the mini task)"],
+        "distil": ["(default: 1200)", "(default: that of a task in miniature)"],
         "evaluate": ["(default: 0.95)", "(default: 1 and `num_samples`)"],
     }
     text = " ".join(capsys.readouterr().out.split())
@@ -253,7 +253,7 @@ def test_several_teachers(line, expected, in_file, tmp_path):
 @pytest.mark.parametrize(
     ("in_file", "line", "expected"),
     [
-        ({}, "", (1.0, 0.5)),  # the miniature's own
+        ({}, "", (0.0, 0.5)),  # the main job's own
         ({}, "--method grpo", (0.0, 1.0)),
         ({}, "--method grpo --alpha 0.25", (0.0, 0.25)),
         ({"alpha": 0.75}, "--method grpo", (0.0, 1.0)),

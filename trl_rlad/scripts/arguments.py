@@ -20,6 +20,10 @@ from ..runs import last_checkpoint
 
 MINI = Path(__file__).parent / "mini"
 METHODS = Path(__file__).parent / "methods"
+MINIATURES = {  # the tasks in miniature: the folders of student and teacher, and the length of an answer
+    "chains": (MINI / "chains_gpt_half", MINI / "chains_gpt_strong", 9),
+    "mini": (MINI / "student", MINI / "teacher", 33),
+}
 METHOD_NAMES = sorted(path.stem for path in METHODS.glob("*.yaml"))
 
 

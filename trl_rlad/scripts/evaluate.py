@@ -5,7 +5,7 @@ that at least one of k samples is right.
 Without arguments: the student in miniature, before training.
 
     trl-rlad evaluate
-    trl-rlad evaluate --model_name_or_path outputs/mini-rlad --output outputs/mini-rlad/evaluation.json
+    trl-rlad evaluate --model_name_or_path outputs/chains-rlad --output outputs/chains-rlad/evaluation.json
 
 Any of reasoning-gym's tasks. With the seed, the `eval_size` and the `task_kwargs` of a training run these are the
 puzzles that it held out:
@@ -29,10 +29,9 @@ from typing import Any
 
 from ..config import with_help
 from ..trainer import check_writable
-from .arguments import MINI, Parser, own_fields, parse_arguments, parse_task_kwargs, require
+from .arguments import MINIATURES, Parser, own_fields, parse_arguments, parse_task_kwargs, require
 from .sampling import evaluate
 from .tasks import Task, load_task
-from .tasks.mini import MAX_COMPLETION_LENGTH
 
 
 PACKAGES = {"torch", "transformers", "trl", "trl-rlad", "reasoning_gym", "vllm"}
@@ -46,9 +45,9 @@ class EvaluationArguments:
 
     Args:
         model_name_or_path (`str`, *optional*):
-            Name or path of the model. `None` takes the student of the mini task.
-        task (`str`, *optional*, defaults to `"mini"`):
-            Task: `"mini"`, `"math"`, or the name of a task of reasoning-gym, as in `trl-rlad train`.
+            Name or path of the model. `None` takes the student of a task in miniature.
+        task (`str`, *optional*, defaults to `"chains"`):
+            Task: `"chains"`, `"mini"`, `"math"`, or the name of one of reasoning-gym, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task, as JSON.
         eval_size (`int`, *optional*, defaults to `384`):
@@ -62,7 +61,7 @@ class EvaluationArguments:
         top_p (`float`, *optional*, defaults to `0.95`):
             Probability mass of the tokens to draw from.
         max_completion_length (`int`, *optional*):
-            Completions are cut at this length. `None` takes 33 for the mini task and 2,048 for any other.
+            Completions are cut at this length. `None` takes what a task in miniature needs, and 2,048 for any other.
         backend (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"` or `"vllm"`.
         batch_size (`int`, *optional*, defaults to `128`):
@@ -74,7 +73,7 @@ class EvaluationArguments:
     """
 
     model_name_or_path: str | None = None
-    task: str = "mini"
+    task: str = "chains"
     task_kwargs: dict | str | None = None
     eval_size: int = 384
     num_samples: int = 8
@@ -88,9 +87,10 @@ class EvaluationArguments:
     output: str | None = None
 
     def __post_init__(self):
-        if self.task == "mini":
+        student, _, default_length = MINIATURES.get(self.task, (None, None, 2048))
+        if student is not None:
             # Relative, as the path goes into the JSON file
-            self.model_name_or_path = self.model_name_or_path or os.path.relpath(MINI / "student")
+            self.model_name_or_path = self.model_name_or_path or os.path.relpath(student)
         if self.model_name_or_path is None:
             raise ValueError(f"`--task {self.task}` needs a model: name it with `--model_name_or_path`.")
         require(self, 1, "eval_size", "num_samples", "max_completion_length", "batch_size")
@@ -100,7 +100,6 @@ class EvaluationArguments:
             raise ValueError(f"`--temperature` must be a positive number, but is {self.temperature}.")
         if self.backend not in ("transformers", "vllm"):
             raise ValueError(f"`--backend` must be 'transformers' or 'vllm', but is {self.backend!r}.")
-        default_length = MAX_COMPLETION_LENGTH if self.task == "mini" else 2048
         self.max_completion_length = self.max_completion_length or default_length
         self.k = sorted(set(self.k or [1, self.num_samples]))
 
