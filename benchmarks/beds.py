@@ -1,17 +1,18 @@
 """
 What `comparison.py` compares methods on: a task, a student, its teachers, and how many puzzles there are.
 
-In knights and knaves (`trl_rlad/scripts/tasks/mini.py`) the *mistaken* student, that of the main job, misreads one of
-the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it is
-seldom right. The *sheltered* one is small and has hardly seen two of the operators, the *half*-learned one was stopped
-in the middle of learning. The flawed teacher is right but for one operator: `&`, for the hasty and the sheltered
-student `|`.
+In knights and knaves (`trl_rlad/scripts/tasks/mini.py`) the *mistaken* student, that of `mini/knights.yaml`,
+misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides
+it, so it is seldom right. The *sheltered* one is small and has hardly seen two of the operators, the *half*-learned
+one was stopped in the middle of learning. The flawed teacher is right but for one operator: `&`, for the hasty and
+the sheltered student `|`.
 
-In chains of operators (`chains.py`) a *half*-learned student does each of eight steps right as a rule, and so seldom
-all of them; the *far* one has never seen a quarter of the operators; *soft* is a half-learned student with a teacher
-that writes each digit in one of two forms. The flawed teacher has three of the twenty operators wrong.
-Each is there as a GPT with learned positions and as a Qwen3. Puzzles are fresh ones or, with a number at its end, a
-pool of so many, drawn by the seed of the run and the same for every method.
+In chains of operators (`trl_rlad/scripts/tasks/chains.py`) a *half*-learned student does each of eight steps right
+as a rule, and so seldom all of them: that of the main job is one. The *far* one has never seen a quarter of the
+operators; *soft* is a half-learned student with a teacher that writes each digit in one of two forms. The flawed
+teacher has three of the twenty operators wrong. Each is there as a GPT with learned positions and as a Qwen3.
+Puzzles are fresh ones or, with a number at its end, a pool of so many, drawn by the seed of the run and the same for
+every method.
 """
 
 from collections.abc import Callable
@@ -21,17 +22,16 @@ from pathlib import Path
 from statistics import mean
 from types import ModuleType
 
-import chains
 import torch
 from datasets import concatenate_datasets
-from make_chains import make_chains_model
 from transformers import AutoModelForCausalLM
 
 from trl_rlad.evaluation import pass_at_k
 from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.mini.make_chains import make_chains_model
 from trl_rlad.scripts.mini.make_models import COMPARISON
 from trl_rlad.scripts.sampling import grade, sample
-from trl_rlad.scripts.tasks import Task, mini
+from trl_rlad.scripts.tasks import Task, chains, mini
 
 
 PEOPLE = (2, 3, 4)
@@ -86,12 +86,12 @@ class Bed:
     def prepare(self, teacher: str, output_dir: Path):
         """Make the student and a teacher, if they aren't there."""
         for name in (self.student, self.teachers[teacher]):
-            if name in MAKERS and not (output_dir / name).exists():
-                MAKERS[name](path=output_dir / name)
+            if not (path := self.path(name, output_dir)).exists():
+                MAKERS[name](path=path)
 
     @staticmethod
     def path(name: str, output_dir: Path) -> Path:
-        return output_dir / name if name in MAKERS else MINI / name
+        return MINI / name if (MINI / name).exists() else output_dir / name
 
     def measure(self, model, at_end: bool = False):
         """

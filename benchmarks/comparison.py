@@ -27,7 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
-import chains
 import torch
 import transformers
 import variants
@@ -43,7 +42,7 @@ from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.scripts import distil
 from trl_rlad.scripts.arguments import read_method
 from trl_rlad.scripts.sampling import add_teacher_weight
-from trl_rlad.scripts.tasks import Task
+from trl_rlad.scripts.tasks import Task, chains
 
 
 GROUP = 8  # rollouts of a prompt

@@ -8,9 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import beds
-import chains
 import comparison
-import make_chains
+
+from trl_rlad.scripts.mini import make_chains
+from trl_rlad.scripts.tasks import chains
 
 
 def test_a_solution_is_the_digit_after_each_operator():

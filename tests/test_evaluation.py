@@ -199,9 +199,8 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "load_task", load)
     output = tmp_path / "new" / "scores.json"
     arguments = f"--model_name_or_path {STUDENT} --eval_size 9 --num_samples 3 --seed 7 --output {output}".split()
-    arguments += (
-        "--temperature 1.7 --top_p 0.9 --k 3 2 --batch_size 5 --max_completion_length 31 --task_kwargs".split()
-    )
+    arguments += "--task mini --temperature 1.7 --top_p 0.9 --k 3 2 --batch_size 5".split()
+    arguments += "--max_completion_length 31 --task_kwargs".split()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, '{"n_people": [2, 3]}'])
     script.main()
     result = json.loads(output.read_text())
@@ -223,9 +222,9 @@ def test_the_script(tmp_path, monkeypatch, capsys):
 
 def test_what_the_script_takes_without_arguments():
     args = script.EvaluationArguments()
-    assert Path(args.model_name_or_path).resolve() == Path(STUDENT).resolve()
+    assert Path(args.model_name_or_path).resolve() == (MINI / "chains_gpt_half").resolve()
     assert not Path(args.model_name_or_path).is_absolute()  # it goes into the file
-    assert (args.k, args.max_completion_length, args.temperature, args.top_p) == ([1, 8], 33, 0.6, 0.95)
+    assert (args.k, args.max_completion_length, args.temperature, args.top_p) == ([1, 8], 9, 0.6, 0.95)
     assert (args.seed, args.num_samples, args.eval_size, args.batch_size) == (42, 8, 384, 128)
     other = script.EvaluationArguments(model_name_or_path="x", task="chain_sum", num_samples=1)
     assert (other.k, other.max_completion_length) == ([1], 2048)

@@ -57,14 +57,13 @@ def vision_model(tmp_path_factory):
     return tiny.save_vision_model(tmp_path_factory.mktemp("vision"), 0)
 
 
-def test_the_miniature_learns(tmp_path):
-    # Less than half of the job's rollouts must already show
+def test_the_main_job_learns(tmp_path):
+    # A sixth of the job's rollouts, at a higher rate, must already show
     output_dir = tmp_path / "out"
-    arguments = ["--per_device_train_batch_size", 64, "--max_steps", 50, "--teacher_samples", 1]
-    stdout = run(ACCELERATE, *arguments, "--output_dir", output_dir)
-    before, after = (sum(values) / 3 for values in zip(*scores(stdout).values(), strict=True))
-    assert scores(stdout).keys() == {"2", "3", "4"}
-    assert 55 <= before <= 75 and after >= before + 6, stdout
+    arguments = ["--max_steps", 100, "--learning_rate", 5e-4, "--train_size", 800, "--eval_size", 500]
+    stdout = run(ACCELERATE, *arguments, "--teacher_samples", 1, "--output_dir", output_dir)
+    ((task, (before, after)),) = scores(stdout).items()
+    assert task == "chains" and 35 <= before <= 55 and after >= before + 10, stdout
     weights = json.loads((output_dir / "teacher_weight.json").read_text())
     assert weights["settings"]["num_samples"] == 1 and sum(weights["teacher_weight"].values()) > 500
     assert (output_dir / "reward.png").stat().st_size > 5_000
@@ -88,7 +87,7 @@ def test_two_processes(config, tmp_path):
         launcher = [*ACCELERATE, "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", "0"]
     arguments = ["--use_cpu", "true", "--max_steps", 3, "--per_device_train_batch_size", 16]
     stdout = run(launcher, *arguments, "--output_dir", tmp_path)
-    assert len(scores(stdout)) == 3
+    assert scores(stdout).keys() == {"chains"}
 
 
 @pytest.mark.slow
@@ -142,10 +141,10 @@ def test_what_the_command_line_says_is_what_is_trained(tmp_path, monkeypatch):
     peft = "--use_peft true --lora_r 3 --load_in_4bit true --model_revision v1".split()
     run("--teacher_samples", "2", "--max_completion_length", "40", *peft)
     (task, teacher, number, path), kwargs = seen["weight"]
-    assert (teacher, number, path) == (str(MINI / "teacher"), 2, tmp_path / "teacher_weight.json")
+    assert (teacher, number, path) == (str(MINI / "chains_gpt_strong"), 2, tmp_path / "teacher_weight.json")
     assert kwargs == {"max_new_tokens": 40, "seed": 7}
     assert (len(task.train_dataset), len(task.eval_dataset), len(seen["train_dataset"])) == (4, 3, 2)
-    assert (seen["model"], seen["teacher_model"]) == (str(MINI / "student"), teacher)
+    assert (seen["model"], seen["teacher_model"]) == (str(MINI / "chains_gpt_half"), teacher)
     assert seen["reward_funcs"] == [task.reward, task.accuracy] and seen["args"].reward_weights == [1.0, 0.0]
     assert seen["args"].model_init_kwargs["revision"] == "v1"
     assert seen["peft_config"].r == 3 and seen["quantization_config"].load_in_4bit

@@ -82,26 +82,26 @@ def test_a_method_is_the_same_alone_and_in_the_miniature(name, parse, tmp_path):
     alone = RLADConfig(str(tmp_path), **small, **settings)
     script_args, args, _ = parse("--config", METHODS / f"{name}.yaml")
     assert objective(args) == objective(alone)
-    assert (script_args.task, script_args.train_size, args.learning_rate) == ("mini", 1000, 3e-4)
+    assert (script_args.task, script_args.train_size, args.learning_rate) == ("chains", 4800, 2e-4)
     assert args.needs_teacher == (name != "grpo")
 
 
 def test_what_the_miniature_is_the_base_of(parse, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("max_steps: 7\n")
-    _, args, _ = parse("--config", config, "--alpha", 0.25)
-    assert (args.max_steps, args.alpha, args.teacher_kl_coef) == (7, 0.25, 1.0)
+    script_args, args, _ = parse("--config", config, "--alpha", 0.25)
+    assert (args.max_steps, args.alpha, script_args.train_size) == (7, 0.25, 4800)
     for named in ("task: chain_sum", "model_name_or_path: x"):
         config.write_text(f"{named}\noutput_dir: {tmp_path}\nbf16: false\n")
         script_args, args, _ = parse("--config", config)
-        assert (args.teacher_kl_coef, script_args.train_size) == (0.0, 10_000)
+        assert (args.steps_per_generation, script_args.train_size) == (1, 10_000)
     small = ["--output_dir", tmp_path, "--bf16", "false"]
     script_args, args, _ = parse("--config", METHODS / "grpo.yaml", "--task", "chain_sum", *small)
     assert (args.alpha, script_args.train_size) == (1.0, 10_000)
     for form in ("--task=chain_sum", "--model-name-or-path=x"):
         script_args, args, _ = parse(form, *small)
-        assert (args.teacher_kl_coef, script_args.train_size) == (0.0, 10_000)
-    assert parse()[1].teacher_kl_on == "failed"
+        assert (args.steps_per_generation, script_args.train_size) == (1, 10_000)
+    assert parse()[1].steps_per_generation == 2
     config.write_text("# nothing\n")
     with pytest.raises(ValueError, match="must be settings with their names, but is None"):
         parse("--config", config)
@@ -132,9 +132,10 @@ def test_the_checkpoint_that_is_meant(tmp_path):
             find(wanted)
 
 
-def test_the_miniature_takes_the_advised_method():
-    config = yaml.safe_load((MINI / "config.yaml").read_text())
-    assert {name: config[name] for name in OBJECTIVE & config.keys()} == read_method("rlad_named")
+@pytest.mark.parametrize(("file", "method"), [("config", "rlad"), ("knights", "rlad_named")])
+def test_the_jobs_in_miniature_take_the_method_that_they_say(file, method):
+    config = yaml.safe_load((MINI / f"{file}.yaml").read_text())
+    assert {name: config[name] for name in OBJECTIVE & config.keys()} == read_method(method)
 
 
 def parse_value(text):

@@ -60,15 +60,15 @@ def log_of(folder):
 
 def test_the_main_job_without_a_clone(place):
     stdout = run(place, "train", "--max_steps", 3, "--train_size", 64, "--eval_size", 24)
-    assert re.search(r"^teacher  teacher, whole on each process", stdout, re.MULTILINE)
-    assert len(re.findall(r"^ +[234]  mean@1 +[\d.]+% -> +[\d.]+%$", stdout, re.MULTILINE)) == 3
-    out = place.folder / "outputs" / "mini-rlad"
+    assert re.search(r"^teacher  chains_gpt_strong, whole on each process", stdout, re.MULTILINE)
+    assert re.search(r"^ +chains  mean@1 +[\d.]+% -> +[\d.]+%$", stdout, re.MULTILINE)
+    out = place.folder / "outputs" / "chains-rlad"
     assert (out / "model.safetensors").exists()
     assert "trl-rlad train --max_steps 3" in (out / "README.md").read_text()
     stdout = run(place, "evaluate", "--model_name_or_path", out, "--eval_size", 24, "--num_samples", 1)
     assert "overall" in stdout
     stdout = run(place, "distil", "--max_steps", 2, "--num_prompts", 24, "--samples_per_prompt", 1, "--eval_size", 24)
-    assert (place.folder / "outputs" / "mini-offline" / "model.safetensors").exists()
+    assert (place.folder / "outputs" / "chains-offline" / "model.safetensors").exists()
 
 
 def test_a_local_file_and_accuracy_reward_and_resumption(place):

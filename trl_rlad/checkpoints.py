@@ -95,7 +95,9 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.before is None and args.save_strategy == "no":
             return
-        self.record["scores"] = {name: sample_scores(teacher) for name, teacher in self.teachers.items()}
+        self.record["scores"] = {
+            name: sample_scores(teacher) for name, teacher in self.teachers.items() if teacher.is_frozen
+        }
         self.record["max_steps"] = now = state.max_steps
         path, before = self.before or (None, {})
         self.before = None
@@ -146,6 +148,11 @@ class RunRecord(TrainerCallback):
                 f"there, delete {path}."
             )
         self.before = path, before
+        if self.record["settings"]["sync_ref_model"] and not all(each.is_frozen for each in self.teachers.values()):
+            logger.warning(
+                "TRL saves no reference model, so the teacher that lags behind the student (`sync_ref_model=True`) "
+                "begins anew as the model that the run began with."
+            )
         changes = [
             f"`{name}` from {before['settings'][name]} to {value}"
             for name, value in self.record["settings"].items()

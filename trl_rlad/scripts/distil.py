@@ -1,7 +1,7 @@
 r"""
 The offline baseline: a teacher answers the training puzzles, and the student imitates its right answers.
 
-Without arguments: knights and knaves in miniature, offline, with the two small models that come along.
+Without arguments: chains of operators, offline, with the two small models that come along.
 
     trl-rlad distil
 
@@ -18,7 +18,7 @@ in `teacher_weight.json`: in the output folder of `trl-rlad train`, it spares `-
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..config import with_help
 from ..trainer import check_writable
 from .arguments import (
     MINI,
+    MINIATURES,
     Parser,
     find_checkpoint,
     get_init_kwargs,
@@ -42,20 +44,21 @@ from .sampling import encode_prompts, evaluate, grade, sample, store_teacher_wei
 from .tasks import Task, load_task
 
 
+@with_help
 @dataclass
 class ScriptArguments:
     """
     Arguments of this script.
 
     Args:
-        task (`str`, *optional*, defaults to `"mini"`):
-            Task, as in `trl-rlad train`.
+        task (`str`, *optional*, defaults to `"chains"`):
+            Task: `"chains"`, `"mini"`, `"math"`, or the name of a task of reasoning-gym, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
-            Settings of the task.
+            Settings of the task, as JSON.
         eval_size (`int`, *optional*, defaults to `384`):
             Number of held-out puzzles, on which the accuracy is measured before and after training.
         teacher_model_name_or_path (`str`, *optional*):
-            Name or path of the teacher. `None` takes that of the mini task.
+            Name or path of the teacher. `None` takes that of a task in miniature.
         num_prompts (`int`, *optional*, defaults to `1200`):
             Number of training puzzles that the teacher answers.
         samples_per_prompt (`int`, *optional*, defaults to `8`):
@@ -70,23 +73,24 @@ class ScriptArguments:
             Number of answers to sample at once. vLLM finds its own.
     """
 
-    task: str = field(default="mini", metadata={"help": "'mini', 'math' or the name of a task of reasoning-gym."})
-    task_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the task as JSON."})
-    eval_size: int = field(default=384, metadata={"help": "Number of held-out puzzles."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
-    num_prompts: int = field(default=1200, metadata={"help": "Number of training puzzles that the teacher answers."})
-    samples_per_prompt: int = field(default=8, metadata={"help": "Number of times that it answers each."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the teacher's answers."})
-    max_completion_length: int = field(default=2048, metadata={"help": "Longer answers are wrong."})
-    backend: str = field(default="transformers", metadata={"help": "What samples, 'transformers' or 'vllm'."})
-    batch_size: int = field(default=128, metadata={"help": "Number of answers to sample at once."})
+    task: str = "chains"
+    task_kwargs: dict | str | None = None
+    eval_size: int = 384
+    teacher_model_name_or_path: str | None = None
+    num_prompts: int = 1200
+    samples_per_prompt: int = 8
+    temperature: float = 1.0
+    max_completion_length: int = 2048
+    backend: str = "transformers"
+    batch_size: int = 128
 
     def __post_init__(self):
         require(self, 1, "eval_size", "num_prompts", "samples_per_prompt", "max_completion_length", "batch_size")
         self.task_kwargs = parse_task_kwargs(self.task_kwargs)
-        if self.task == "mini":
+        if self.task in MINIATURES:
             # Relative, as the path goes into `teacher_samples.json`
-            self.teacher_model_name_or_path = self.teacher_model_name_or_path or os.path.relpath(MINI / "teacher")
+            teacher = os.path.relpath(MINIATURES[self.task][1])
+            self.teacher_model_name_or_path = self.teacher_model_name_or_path or teacher
 
 
 def collect(
@@ -228,8 +232,8 @@ def prepare(arguments: list[str] | None = None) -> tuple:
     if args.world_size > 1:
         raise ValueError("Run this in one process: the teacher samples in one.")
     student, teacher = model_args.model_name_or_path, script_args.teacher_model_name_or_path
-    if script_args.task == "mini":
-        student = model_args.model_name_or_path = student or str(MINI / "student")
+    if script_args.task in MINIATURES:
+        student = model_args.model_name_or_path = student or str(MINIATURES[script_args.task][0])
     if student is None or teacher is None:
         raise ValueError(
             f"`--task {script_args.task}` needs a student and a teacher: name them with `--model_name_or_path` and "

@@ -5,7 +5,7 @@ that at least one of k samples is right.
 Without arguments: the student in miniature, before training.
 
     trl-rlad evaluate
-    trl-rlad evaluate --model_name_or_path outputs/mini-rlad --output outputs/mini-rlad/evaluation.json
+    trl-rlad evaluate --model_name_or_path outputs/chains-rlad --output outputs/chains-rlad/evaluation.json
 
 Any of reasoning-gym's tasks. With the seed, the `eval_size` and the `task_kwargs` of a training run these are the
 puzzles that it held out:
@@ -22,21 +22,22 @@ For mathematics take [lighteval](https://github.com/huggingface/lighteval), whic
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from ..config import with_help
 from ..trainer import check_writable
-from .arguments import MINI, Parser, own_fields, parse_arguments, parse_task_kwargs, require
+from .arguments import MINIATURES, Parser, own_fields, parse_arguments, parse_task_kwargs, require
 from .sampling import evaluate
 from .tasks import Task, load_task
-from .tasks.mini import MAX_COMPLETION_LENGTH
 
 
 PACKAGES = {"torch", "transformers", "trl", "trl-rlad", "reasoning_gym", "vllm"}
 
 
+@with_help
 @dataclass
 class EvaluationArguments:
     """
@@ -44,11 +45,11 @@ class EvaluationArguments:
 
     Args:
         model_name_or_path (`str`, *optional*):
-            Name or path of the model. `None` takes the student of the mini task.
-        task (`str`, *optional*, defaults to `"mini"`):
-            Task, as in `trl-rlad train`.
+            Name or path of the model. `None` takes the student of a task in miniature.
+        task (`str`, *optional*, defaults to `"chains"`):
+            Task: `"chains"`, `"mini"`, `"math"`, or the name of a task of reasoning-gym, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
-            Settings of the task.
+            Settings of the task, as JSON.
         eval_size (`int`, *optional*, defaults to `384`):
             Number of held-out puzzles.
         num_samples (`int`, *optional*, defaults to `8`):
@@ -60,7 +61,7 @@ class EvaluationArguments:
         top_p (`float`, *optional*, defaults to `0.95`):
             Probability mass of the tokens to draw from.
         max_completion_length (`int`, *optional*):
-            Completions are cut at this length. `None` takes 33 for the mini task and 2,048 for any other.
+            Completions are cut at this length. `None` takes what a task in miniature needs, and 2,048 for any other.
         backend (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"` or `"vllm"`.
         batch_size (`int`, *optional*, defaults to `128`):
@@ -71,24 +72,25 @@ class EvaluationArguments:
             JSON file for the figures, the settings and the versions.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the model."})
-    task: str = field(default="mini", metadata={"help": "'mini', 'math' or the name of a task of reasoning-gym."})
-    task_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the task as JSON."})
-    eval_size: int = field(default=384, metadata={"help": "Number of held-out puzzles."})
-    num_samples: int = field(default=8, metadata={"help": "Number of samples per puzzle."})
-    k: list[int] | None = field(default=None, metadata={"help": "The k of Pass@k, by default 1 and `num_samples`."})
-    temperature: float = field(default=0.6, metadata={"help": "Temperature."})
-    top_p: float = field(default=0.95, metadata={"help": "Probability mass of the tokens to draw from."})
-    max_completion_length: int | None = field(default=None, metadata={"help": "Completions are cut at this length."})
-    backend: str = field(default="transformers", metadata={"help": "'transformers' or 'vllm'."})
-    batch_size: int = field(default=128, metadata={"help": "Number of completions to draw at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of the puzzles and of the samples."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    model_name_or_path: str | None = None
+    task: str = "chains"
+    task_kwargs: dict | str | None = None
+    eval_size: int = 384
+    num_samples: int = 8
+    k: list[int] | None = None
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_completion_length: int | None = None
+    backend: str = "transformers"
+    batch_size: int = 128
+    seed: int = 42
+    output: str | None = None
 
     def __post_init__(self):
-        if self.task == "mini":
+        student, _, default_length = MINIATURES.get(self.task, (None, None, 2048))
+        if student is not None:
             # Relative, as the path goes into the JSON file
-            self.model_name_or_path = self.model_name_or_path or os.path.relpath(MINI / "student")
+            self.model_name_or_path = self.model_name_or_path or os.path.relpath(student)
         if self.model_name_or_path is None:
             raise ValueError(f"`--task {self.task}` needs a model: name it with `--model_name_or_path`.")
         require(self, 1, "eval_size", "num_samples", "max_completion_length", "batch_size")
@@ -98,7 +100,6 @@ class EvaluationArguments:
             raise ValueError(f"`--temperature` must be a positive number, but is {self.temperature}.")
         if self.backend not in ("transformers", "vllm"):
             raise ValueError(f"`--backend` must be 'transformers' or 'vllm', but is {self.backend!r}.")
-        default_length = MAX_COMPLETION_LENGTH if self.task == "mini" else 2048
         self.max_completion_length = self.max_completion_length or default_length
         self.k = sorted(set(self.k or [1, self.num_samples]))
 

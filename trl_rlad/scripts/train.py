@@ -1,8 +1,8 @@
 r"""
 Train a student with reinforcement learning while a teacher guides it: TRL's `grpo` script, with a teacher.
 
-Without arguments: knights and knaves in miniature, offline, with the two small models that come along. It takes a few
-minutes on two CPU cores.
+Without arguments: chains of operators, offline, with the two small models that come along: a student that has half
+learned the task, and its teacher. It takes two minutes on two CPU cores.
 
     trl-rlad train
 
@@ -34,6 +34,7 @@ from ..trainer import RLADTrainer
 from .arguments import (
     METHOD_NAMES,
     MINI,
+    MINIATURES,
     Parser,
     Several,
     find_checkpoint,
@@ -59,8 +60,9 @@ class ScriptArguments(GRPOScriptArguments):
 
     Args:
         task (`str`, *optional*):
-            Task, in the place of a dataset and reward functions: `"mini"`, knights and knaves in miniature; `"math"`,
-            see [`~tasks.mathematics.load_math`]; or the name of a task of reasoning-gym, such as `"knights_knaves"`.
+            Task, in the place of a dataset and reward functions: `"chains"`, chains of operators, and `"mini"`,
+            knights and knaves in miniature, both with models of their own; `"math"`, see
+            [`~tasks.mathematics.load_math`]; or the name of a task of reasoning-gym, such as `"knights_knaves"`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task, as JSON such as '{"n_people": [3, 4, 5]}'.
         train_size (`int`, *optional*, defaults to `10000`):
@@ -73,9 +75,9 @@ class ScriptArguments(GRPOScriptArguments):
             Settings of a method, which other flags override: the name of a file in `trl_rlad/scripts/methods/`, such
             as `"rlad"`, `"rlad_named"`, `"grpo"`, `"kdrl"`, `"opd"` (on-policy distillation) or `"distil_then_grpo"`.
         teacher_model_name_or_path (`list[str]`, *optional*):
-            Name or path of the teacher. Of several, given again and again or as a JSON object by name, each scores the
-            rows that have its name in the dataset's column `teacher_id`. Not needed with `teacher_server_urls`, or
-            with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`.
+            Name or path of the teacher, or "self" or "base", see [`RLADTrainer`]. Of several, given again and again or
+            as a JSON object by name, each scores the rows that have its name in the dataset's column `teacher_id`. Not
+            needed with `teacher_server_urls`, or with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`.
         teacher_samples (`int`, *optional*, defaults to `0`):
             Number of times that the teacher answers each training prompt first, so that it has a say only where it is
             right, and as much as it is right: see [`~sampling.add_teacher_weight`]. The main process samples, into
@@ -254,9 +256,10 @@ def prepare(arguments: list[str] | None = None, is_launched: bool = False) -> tu
     )
     student, teacher = model_args.model_name_or_path, script_args.teacher
     has_dataset = bool(script_args.dataset_name or dataset_args.datasets)
-    script_args.task = script_args.task or (None if has_dataset else "mini")
-    if script_args.task == "mini":
-        student, teacher = student or str(MINI / "student"), teacher or str(MINI / "teacher")
+    script_args.task = script_args.task or (None if has_dataset else "chains")
+    if script_args.task in MINIATURES:
+        of_student, of_teacher, _ = MINIATURES[script_args.task]
+        student, teacher = student or str(of_student), teacher or str(of_teacher)
     check(script_args, args, student, teacher, has_dataset)
     checkpoint = find_checkpoint(args)
     args.model_init_kwargs = get_init_kwargs(args, model_args)
@@ -312,6 +315,8 @@ def check(script_args: ScriptArguments, args: RLADConfig, student: str | None, t
             raise ValueError(
                 "`--teacher_samples` samples the teacher here: name it with `--teacher_model_name_or_path` too."
             )
+        if teacher in ("base", "self"):
+            raise ValueError(f"`--teacher_samples` samples another model than the student, and not {teacher!r}.")
         if isinstance(teacher, dict):
             raise ValueError("`--teacher_samples` samples one teacher, and there are several.")
 

@@ -1,5 +1,6 @@
 """The tasks of the example scripts, by name."""
 
+from .chains import load_chains
 from .mathematics import load_math
 from .mini import load_mini
 from .reasoning import load_reasoning
@@ -21,7 +22,7 @@ def load_task(
 
     Args:
         name (`str`):
-            `"mini"`, `"math"` or the name of a task of reasoning-gym, such as `"knights_knaves"`.
+            `"chains"`, `"mini"`, `"math"` or the name of a task of reasoning-gym, such as `"knights_knaves"`.
         train_size (`int`):
             Number of training puzzles.
         eval_size (`int`, *optional*, defaults to `0`):
@@ -33,6 +34,8 @@ def load_task(
         tokenizer (`str`, *optional*):
             Name or path of the tokenizer that measures the prompts of `"math"`.
     """
+    if name == "chains":
+        return load_chains(train_size, eval_size, seed, task_kwargs)
     if name == "mini":
         return load_mini(train_size, eval_size, seed, task_kwargs)
     if name == "math":

@@ -1,7 +1,7 @@
 """
-Make the models of the chains of operators (see `chains.py`), from scratch and offline.
+Make the models of the chains of operators (see `trl_rlad/scripts/tasks/chains.py`), from scratch and offline.
 
-    python benchmarks/make_chains.py --output_dir somewhere
+    python examples/mini/make_chains.py --output_dir somewhere
 
 Of two architectures, a GPT with learned positions (GPT-2) and Qwen3. The teachers: *strong*; *flawed*, which has
 learnt another permutation for three of the operators; *soft*, which writes each digit in figures or letters, as it
@@ -9,7 +9,8 @@ likes. The students, of a third of the teachers' size: *half* and *soft_half*, s
 teacher was taught; *far*, which has never seen a quarter of the operators.
 
 When a student is stopped is decided by its own accuracy alone, at temperature 1: half-learned at the first look above
-`HALF`. A model takes ten to sixty seconds on one CPU thread.
+`HALF`. A model takes ten to sixty seconds on one CPU thread. Two of them come along, those of the main job: the
+GPT's strong teacher and its half-learned student.
 """
 
 import argparse
@@ -17,7 +18,16 @@ import random
 from pathlib import Path
 
 import torch
-from chains import (
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_linear_schedule_with_warmup,
+)
+
+from trl_rlad.scripts.mini.make_models import make_model
+from trl_rlad.scripts.tasks.chains import (
     EOS,
     LENGTH,
     MAX_COMPLETION_LENGTH,
@@ -30,15 +40,6 @@ from chains import (
     make_tokenizer,
     solve,
 )
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_linear_schedule_with_warmup,
-)
-
-from trl_rlad.scripts.mini.make_models import make_model
 
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP = 700, 128, 2e-3, 50

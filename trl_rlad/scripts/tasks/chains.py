@@ -12,13 +12,15 @@ There are 2.6e11 prompts, so drawn ones are new ones. A second form of each digi
 written in many ways: the prompt has figures only, and the reward takes either.
 """
 
+import json
 import random
 from string import ascii_lowercase
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from trl_rlad.scripts.tasks.mini import EOS, PAD, make_word_tokenizer
+from .mini import EOS, PAD, make_word_tokenizer
+from .task import Task
 
 
 LENGTH = 8  # operators in a prompt
@@ -66,6 +68,14 @@ def correctness_reward(completions: list[str], solution: list[str], **kwargs) ->
         float(len(words := completion.split()) == LENGTH and VALUES.get(words[-1]) == int(worked.split()[-1]))
         for completion, worked in zip(completions, solution, strict=True)
     ]
+
+
+def load_chains(train_size: int, eval_size: int = 0, seed: int = 0, task_kwargs: dict | None = None) -> Task:
+    """Make the task, which has no settings."""
+    if task_kwargs:
+        raise ValueError(f"`--task chains` has no `--task_kwargs`, but got {json.dumps(task_kwargs)}.")
+    train_dataset = make_dataset(train_size, seed, held_out=False)
+    return Task(train_dataset, make_dataset(eval_size, seed, held_out=True), correctness_reward)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
