@@ -5,9 +5,11 @@ refuses it. Formulas become MathML, which browsers draw themselves, and the font
 """
 
 import re
+from dataclasses import fields
 from html import unescape
 from importlib.resources import files as find_resource
 from pathlib import Path
+from textwrap import fill
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
@@ -15,7 +17,27 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # as pymdownx.arithmatex and docstrings write them
+LISTS = ("api.md", "architecture.md", "bad_input.md", "reliability.md")  # have every word, and come last in a search
 LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
+
+
+def list_settings(config_class: type, parent: type) -> str:
+    """
+    The settings that a configuration adds to another one, by the groups and in the words of its docstring, for
+    `docs/settings.md`, which a test holds to it.
+    """
+    docstring, lines = config_class.__doc__ or "", []
+    own = {each.name for each in fields(config_class)} - {each.name for each in fields(parent)}
+    parts = re.findall(r"(?ms)^        > (.*?)$|^        (\w+) \((.*?)\):\n(.*?)(?=^ {0,8}\S|\Z)", docstring)
+    for title, name, kind, text in parts:
+        if title:
+            lines.append(f"## {title}")
+        elif name in own:
+            kind, default = re.fullmatch(r"(.*?), \*optional\*(?:, defaults to (.*))?", kind).groups()
+            text = re.sub(r"\[(`)~?(?:[\w.]+\.)?(\w+`)\]", r"\1\2", " ".join(text.split()))
+            text = f"{kind}, default {default or '`None`'}. {text}"
+            lines += [f"### `{name}`", fill(text, 119, break_long_words=False, break_on_hyphens=False)]
+    return "\n\n".join(lines) + "\n"
 
 
 def place(name: str) -> str:
@@ -39,6 +61,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri in LISTS:
+        page.meta["search"] = {"boost": 0.2}
     return LINK.sub(lambda link: place(link[1]), markdown)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import tiny
@@ -48,6 +49,10 @@ class KillAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_as(rank, *_):
+    raise RuntimeError(f"the teacher of rank {rank} fails")
 
 
 def watch_parameters(model):
@@ -95,6 +100,7 @@ def main(
     kill_after=None,  # die after this step
     resume=None,  # from the last checkpoint
     hang=None,  # this rank never comes back from its teacher
+    fail=None,  # in this rank the teacher raises
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
     of_rank_1=None,  # its own settings
@@ -137,6 +143,8 @@ def main(
     result = {"teacher": type(teacher).__name__, "folder": output_dir}
     if hang == rank:
         teacher.score = lambda *_: signal.pause()
+    if fail == rank:
+        teacher.score = partial(fail_as, rank)
     if absent == rank:
         signal.pause()
     if fsdp or teacher.is_sharded and not is_own:

@@ -30,15 +30,15 @@ CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
 pytestmark = pytest.mark.slow
 
 
-def launch(output_dir, config, check=True, worker="distributed_worker.py", **options):
-    """Run a worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
+def launch(output_dir, config, check=True, worker="distributed_worker.py", processes=2, **options):
+    """Run a worker in several processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
     output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m"]
     if config == "ddp":
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     else:
         settings = yaml.safe_load((CONFIGS / f"{config.replace('zero0', 'zero1')}.yaml").read_text())
-        settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+        settings |= {"num_processes": processes, "use_cpu": True, "mixed_precision": "no"}
         if config == "zero0":
             settings["deepspeed_config"]["zero_stage"] = 0
         Path(output_dir, "config.yaml").write_text(yaml.dump(settings))
@@ -50,7 +50,7 @@ def launch(output_dir, config, check=True, worker="distributed_worker.py", **opt
     if not check:
         return run
     assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(Path(output_dir, f"result_{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads(Path(output_dir, f"result_{rank}.json").read_text()) for rank in range(processes)]
 
 
 TEACHER = {"seed": 1, "hidden_size": 24, "vocab_size": 40, "layers": 8}
@@ -113,6 +113,16 @@ def test_data_parallel(unsharded, paths):
     assert unsharded[0]["teacher"] == "LocalTeacher" and len(unsharded[0]["losses"]) == 3
     assert_scores(unsharded, paths["teacher"])
     assert_twins(unsharded, students_of(Path(unsharded[0]["folder"]), paths["student"]), twin.load(paths["teacher"]))
+
+
+def test_wherever_rows_are_scored_not_a_bit_differs(tmp_path, paths):
+    other = tiny.save_model(tmp_path / "other", seed=2, hidden_size=32)
+    results = launch(tmp_path, "ddp", worker="exchange_worker.py", processes=4, teacher=paths["teacher"], other=other)
+    for result in results:
+        assert len(result) == 5 and all(case["equal"] and case["rows"] >= 8 for case in result.values()), results
+    for case in ("one teacher", "named tokens", "slices"):  # rank 0 had three quarters of the rows, and rank 2 none
+        least, *_, most = sorted(result[case]["tokens"] for result in results)
+        assert least > 0 and most <= 2 * least, results
 
 
 @pytest.mark.parametrize("student_stage", [0, 1, 2, 3])
@@ -222,6 +232,14 @@ def test_a_stuck_rank_is_named(config, seconds, tmp_path, paths):
     assert run.returncode != 0
     assert f"Rank 1 has not ended call 1 of TeacherScorer.score within {seconds} s" in run.stderr
     assert "signal.pause" in run.stderr or "in <lambda>" in run.stderr  # where it is stuck
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_a_rank_that_fails_ends_all(config, tmp_path, paths):
+    start = time.monotonic()
+    run = launch(tmp_path, config, check=False, fail=1, **paths)
+    assert run.returncode != 0 and time.monotonic() - start < 120.0
+    assert "RuntimeError: the teacher of rank 1 fails" in run.stderr
 
 
 def test_an_absent_rank_is_named(tmp_path, paths):
@@ -376,7 +394,9 @@ def test_metrics_are_means_over_the_tokens_of_both_ranks(watched):
         logs = [rank["logs"][step] for rank in ranks]
         rows = [rank["rows"][0] for rank in ranks]
         expected, *alone = (twin.log_of_step(each, student, teachers, **settings) for each in (sum(rows, []), *rows))
-        left_out = ("teacher/top1", "teacher/entropy") if step else ()  # logged when the rows are scored
+        left_out = (
+            ("teacher/top1", "teacher/entropy", "teacher/named_mass") if step else ()
+        )  # logged when the rows are scored
         for log in logs:
             twin.assert_logged(log, expected, left_out)
         # The divergence is on the failed rows of each: neither rank's is the mean, and the ranks differ in their

@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tiny
 import yaml
 from teacher_server import TeacherServer
 from test_routing import make_dataset
+from trl import GRPOConfig
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.cli import COMMANDS
@@ -148,10 +150,21 @@ def test_what_the_diffs_convert_runs_before_and_after(was, side, tmp_path, monke
 
 def test_the_worked_example_prints_what_the_page_says(capsys):
     text = (ROOT / "docs/architecture.md").read_text()
-    section = text[text.index("## One token") : text.index("## Glossary")]
+    section = text[text.index("## One token") : text.index("## How to")]
     (_, _, source), (_, _, output) = BLOCK.findall(section)
     exec(source, {})
     assert capsys.readouterr().out == output
+
+
+def test_the_page_on_settings_is_the_docstring():
+    sys.path.insert(0, str(ROOT / "docs"))
+    hooks = pytest.importorskip("hooks", reason="it needs the extra `docs`")
+    settings = hooks.list_settings(RLADConfig, GRPOConfig)
+    assert set(re.findall("^### `(.*)`$", settings, re.MULTILINE)) == SETTINGS - {
+        each.name for each in fields(GRPOConfig)
+    }
+    page = (ROOT / "docs/settings.md").read_text()
+    assert page[page.index("## The objective") : page.index("\n## Columns")] == settings
 
 
 def test_readme_links():
@@ -160,6 +173,7 @@ def test_readme_links():
 
 
 def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, student_path, teacher_path):
+    near = tiny.save_renamed(tmp_path / "near", teacher_path)
     with TeacherServer(teacher_path) as server:
         config = tiny.make_config(
             tmp_path,
@@ -170,7 +184,7 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
             on_teacher_failure="grpo",
             per_device_eval_batch_size=4,
         )
-        data, teachers = make_dataset(["near", "far"]), {"near": teacher_path, "far": None}
+        data, teachers = make_dataset(["near", "far"]), {"near": near, "far": None}
         trainer = RLADTrainer(student_path, tiny.reward, config, data, data.select(range(4)), teacher_model=teachers)
         trainer.train()
         trainer.evaluate()
@@ -180,7 +194,7 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
         if re.match(r"teacher/|clip_ratio/\w+_by_|eval_rewards/.*/pass@", name):
             logged.add(re.sub("/(near|far|reward)/", "/NAME/", name).replace("pass@4", "pass@K"))
 
-    rows = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^### `(\S+)`$", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     assert logged == set(rows) - {"scorer_failures"}
     assert '"scorer_failures"' in (ROOT / "trl_rlad/scripts/tasks/reasoning.py").read_text()
     readme = set(re.findall(r"`((?:teacher|clip_ratio|eval_rewards)/[\w@/]+)`", (ROOT / "README.md").read_text()))

@@ -7,17 +7,21 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
+import trl
 import yaml
 from trl import DatasetMixtureConfig
 from trl.scripts import grpo
 
-from trl_rlad import RLADTrainer
+from trl_rlad import RLADTrainer, __version__
+from trl_rlad.cli import COMMANDS, HELP
 from trl_rlad.cli import main as cli
 from trl_rlad.commands import train as command
-from trl_rlad.scripts import train
+from trl_rlad.reports import probe_run
+from trl_rlad.scripts import distil, evaluate, train
 from trl_rlad.scripts.arguments import parse_teachers, read_method
 from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs, load_source
 
@@ -78,10 +82,51 @@ def place(shared, tmp_path, monkeypatch):
 # Help
 
 
-def test_the_list_of_commands_needs_no_torch():
-    code = "import sys; from trl_rlad.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert {"train", "distil", "evaluate", "probe"} <= set(re.findall(r"^  (\w+) ", output, re.MULTILINE))
+def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
+    code = """if True:
+        import sys
+        from trl_rlad.cli import COMMANDS, main
+        main(["--help"])
+        main(["--version"])
+        for command in COMMANDS:
+            try:
+                main([command, "--help"])
+            except SystemExit as end:
+                assert end.code == 0
+        main(["view", sys.argv[1], "--output", sys.argv[1] + "/view.html"])
+        print(*{"torch", "transformers", "trl", "matplotlib"} & sys.modules.keys())
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(COMMANDS) <= set(re.findall(r"^  (\w+) ", output, re.MULTILINE))
+    assert f"\ntrl-rlad {__version__}\n" in output
+    assert set(COMMANDS) <= set(re.findall("usage: trl-rlad ([a-z]+) ", output))
+    assert output.splitlines()[-1] == ""
+
+
+@pytest.mark.skipif(not trl.__version__.startswith("1.16"), reason="the help texts of TRL's flags are those of 1.16")
+@pytest.mark.parametrize("script", [train, distil, evaluate], ids=lambda script: script.__name__.split(".")[-1])
+def test_the_help_that_is_stored_is_the_parsers(script):
+    name = script.__name__.rpartition(".")[2]
+    make = f"python -c 'from {script.__name__} import *; print(make_parser().format_help(), end=\"\")'"
+    help_now = script.make_parser().format_help()
+    assert (HELP / f"{name}.txt").read_text().split() == help_now.split(), f"{make} > trl_rlad/scripts/help/{name}.txt"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_defaults(command, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        cli([command, "--help"])
+    shown = {
+        "view": ["(default: 20000)"],
+        "probe": ["(default: 32)"],
+        "compare": ["(default: auto)"],
+        "train": ["(default: 0.5)", "(default: 16,384 on a GPU and 1,024 on a CPU)"],
+        "distil": ["(default: 1200)", "(default: that of the mini task)"],
+        "evaluate": ["(default: 0.95)", "(default: 1 and `num_samples`)"],
+    }
+    text = " ".join(capsys.readouterr().out.split())
+    assert [default for default in shown.get(command, []) if default not in text] == []
 
 
 def test_help_has_what_matters_first_and_the_rest_on_request(capsys):
@@ -397,7 +442,16 @@ def test_a_method_is_found_by_either_spelling(name):
     assert read_method(name)["teacher_kl_on"] == "failed"
 
 
-def test_the_probe_runs_the_command_itself(place, tmp_path):
+def test_the_probe_runs_the_command_itself(place, tmp_path, monkeypatch, capsys):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(probe_run, "_leave", leave)
     output = tmp_path / "probe.json"
-    cli(["probe", "--prompts", "2", "--output", str(output), "train", *place.arguments("--output_dir", place.out)])
-    assert json.loads(output.read_text())["advice"]
+    arguments = place.arguments("--output_dir", place.out)
+    with pytest.raises(SystemExit, match="0"):
+        cli(["probe", "--prompts", "2", "--output", str(output), "train", *arguments])
+    pasted = capsys.readouterr().out.split("\n")[2]
+    assert pasted == f"Paste:      {json.loads(output.read_text())['advice']['paste']}"
+    assert f"trl-rlad train {shlex.join(map(str, arguments))}" in pasted
+    assert not Path(place.out).exists()

@@ -688,13 +688,6 @@ def test_an_adapter_is_as_long_as_its_base(serve, tmp_path):
     assert (teacher.model_id, teacher.max_length, teacher.vocab_size) == ("tuned", 49, 40)
 
 
-def test_another_tokenizer_is_refused(serve, student_path, tmp_path):
-    reverse = tiny.make_tokenizer(tiny.WORDS[::-1])
-    server = serve(tiny.save_model(tmp_path / "other", seed=1, tokenizer=reverse))
-    with pytest.raises(ValueError, match="reads the student's token ids differently"):
-        RLADTrainer(student_path, tiny.reward, make_args(tmp_path, server.url), tiny.make_dataset())
-
-
 @pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
 def test_a_copy_is_compared(seed, same, serve, tmp_path, capsys):
     server = serve(tiny.save_model(tmp_path / "served", 1), max_model_len=50)
@@ -769,6 +762,32 @@ def test_the_teacher_scores_beside_the_rewards(serve, student_path, tmp_path):
     server.requests.clear()
     trainer.train()
     assert seen == [True, True] and not server.requests  # none was sent again
+
+
+def test_rows_that_wait_for_a_place_in_flight_are_counted(serve, student_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "IN_FLIGHT", 2)
+    server, answering, different = serve(), threading.Event(), []
+
+    def hold(handler, answer):
+        is_check(handler) or answering.wait(30)
+        right(handler, answer)
+
+    def answer_when_counted():
+        wait_until(lambda: scorer.queued_rows)
+        answering.set()
+
+    def reward(prompts, completion_ids, **kwargs):
+        different.append(len(set(zip(prompts, map(tuple, completion_ids), strict=True))))
+        wait_for(2, server)
+        threading.Thread(target=answer_when_counted).start()
+        return tiny.reward(completion_ids)
+
+    args = make_args(tmp_path, server.url, max_steps=1, per_device_train_batch_size=8)
+    trainer = RLADTrainer(student_path, reward, args, tiny.make_dataset())
+    scorer, server.fault = trainer.teacher_scorer.scorers[""], hold
+    server.requests.clear()
+    trainer.train()
+    assert trainer.state.log_history[0]["teacher/queued_rows"] == different[0] - 2 > 0
 
 
 def test_rows_without_advantage_are_called_back(serve, student_path, tmp_path):

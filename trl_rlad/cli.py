@@ -2,6 +2,8 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 
 
 COMMANDS = {
@@ -15,14 +17,26 @@ COMMANDS = {
 }
 
 
+# What `--help` prints of the commands whose flags are mostly TRL's, as to import that takes seconds: each script's
+# `make_parser().format_help()`, to which a test holds it
+HELP = Path(__file__).parent / "scripts" / "help"
+
+
 def main(arguments: list[str] | None = None):
     """Run a sub-command, which is imported only now: each is a module of `trl_rlad.commands` with a
     `main(arguments)`."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
+        stored = HELP / f"{name}.txt"
+        if stored.exists() and {"-h", "--help"} & {*rest}:
+            print(stored.read_text(), end="")
+            sys.exit(0)
         return import_module(f"trl_rlad.commands.{name}").main(rest)
+    if name == "--version":
+        print(f"trl-rlad {version('trl-rlad')}")
+        return
     print("usage: trl-rlad COMMAND ...\n")
     print("\n".join(f"  {command:<9} {purpose}" for command, purpose in COMMANDS.items()))
-    print("\n`trl-rlad COMMAND --help` tells more.")
+    print("\n`trl-rlad COMMAND --help` tells more, and `trl-rlad --version` the version.")
     if name not in ("--help", "-h"):
         sys.exit(f"There is no command {name!r}.")

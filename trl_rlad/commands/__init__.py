@@ -1,1 +1,7 @@
-"""The sub-commands of `trl-rlad`."""
+"""The sub-commands of `trl-rlad`. What takes seconds to import, they import once their arguments are read."""
+
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The description as it stands, and the default of each argument."""

@@ -9,12 +9,7 @@ import sys
 import tempfile
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
-from ..config import RLADConfig
-from ..teachers import LocalTeacher, ServedTeacher
-from ..teachers.server import TOLERANCE
+from . import HelpFormatter
 
 
 ROWS, LENGTH = 16, 128
@@ -23,6 +18,12 @@ ROWS, LENGTH = 16, 128
 def compare(url: str, model: str, dtype: str = "auto") -> tuple[float, float]:
     """Mean and largest difference between the log-probabilities of a served teacher and of a copy, in nats. The rows
     are the copy's own samples, prompted by a random token, as rollouts are far likelier than random ids."""
+    import torch
+    from accelerate import Accelerator
+
+    from ..config import RLADConfig
+    from ..teachers import LocalTeacher, ServedTeacher
+
     with tempfile.TemporaryDirectory() as folder:
         args = RLADConfig(
             folder, bf16=False, report_to="none", teacher_server_urls=url, teacher_model_init_kwargs={"dtype": dtype}
@@ -44,13 +45,13 @@ def compare(url: str, model: str, dtype: str = "auto") -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        "trl-rlad compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("trl-rlad compare", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("url", help="address of the server")
     parser.add_argument("model", help="name or path of a copy of its model")
     parser.add_argument("--dtype", default="auto", help="dtype in which the copy is loaded")
     args = parser.parse_args(arguments)
+    from ..teachers.server import TOLERANCE
+
     mean, largest = compare(args.url, args.model, args.dtype)
     print(f"Log-probabilities differ by {mean:.2g} nats on average, and by {largest:.2g} at most.")
     if mean > TOLERANCE:

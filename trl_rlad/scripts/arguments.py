@@ -40,15 +40,17 @@ def read_method(name: str) -> dict:
 
 
 class _BriefFormatter(ArgumentDefaultsHelpFormatter):
-    """One spelling of each flag, and the first sentence of its help."""
+    """One spelling of each flag, the first sentence of its help, and its default, or what stands for `None`."""
 
     def _format_action_invocation(self, action):
         value = "" if action.nargs == 0 else f" {self._format_args(action, 'VALUE')}"
         return action.option_strings[0] + value
 
     def _get_help_string(self, action):
-        text = re.split(r"(?<=[\w`)]\.) (?=[A-Z`\"])", action.help or "")[0].replace("%", "%%")
-        return text if action.default in (None, SUPPRESS) else f"{text} (default: %(default)s)"
+        text, *others = re.split(r"(?<=[\w`)]\.) (?=[A-Z`\"])", (action.help or "").replace("%", "%%"))
+        taken = [each.removeprefix("`None` takes ").rstrip(".") for each in others if each.startswith("`None` takes ")]
+        default = "%(default)s" if action.default is not None else next(iter(taken), None)
+        return text if default is None else f"{text} (default: {default})"
 
 
 class _HelpAll(Action):
@@ -79,16 +81,17 @@ class Parser(TrlParser):
         self.add_argument("--help-all", action=_HelpAll, nargs=0, default=SUPPRESS, dest=SUPPRESS, help=SUPPRESS)
 
     def format_help(self) -> str:
-        by_name = {action.dest: action for action in reversed(self._actions)}
-        formatter = _BriefFormatter(self.prog, max_help_position=34)
+        by_name = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", SUPPRESS)}
+        formatter = _BriefFormatter(self.prog, max_help_position=34, width=100)  # wherever it is asked for
         parts = [self.format_usage(), self.about, ""]
         for title, names in self.groups.items():
             formatter.start_section(title)
             formatter.add_arguments([by_name[name] for name in names])
             formatter.end_section()
         others = len(by_name) - len({name for names in self.groups.values() for name in names})
-        parts += [formatter.format_help(), f"`{self.prog} --help-all` has the {others} others, which are TRL's."]
-        return "\n".join(parts) + "\n"
+        parts += [formatter.format_help()]
+        parts += [f"`{self.prog} --help-all` has the {others} others, which are TRL's.\n"] if others else []
+        return "\n".join(parts)
 
 
 def own_fields(config_class: type, *others: type) -> list[str]:

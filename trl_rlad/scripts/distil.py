@@ -18,7 +18,7 @@ in `teacher_weight.json`: in the output folder of `trl-rlad train`, it spares `-
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..config import with_help
 from ..trainer import check_writable
 from .arguments import (
     MINI,
@@ -43,6 +44,7 @@ from .sampling import encode_prompts, evaluate, grade, sample, store_teacher_wei
 from .tasks import Task, load_task
 
 
+@with_help
 @dataclass
 class ScriptArguments:
     """
@@ -50,9 +52,9 @@ class ScriptArguments:
 
     Args:
         task (`str`, *optional*, defaults to `"chains"`):
-            Task, as in `trl-rlad train`.
+            Task: `"chains"`, `"mini"`, `"math"`, or the name of a task of reasoning-gym, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
-            Settings of the task.
+            Settings of the task, as JSON.
         eval_size (`int`, *optional*, defaults to `384`):
             Number of held-out puzzles, on which the accuracy is measured before and after training.
         teacher_model_name_or_path (`str`, *optional*):
@@ -71,16 +73,16 @@ class ScriptArguments:
             Number of answers to sample at once. vLLM finds its own.
     """
 
-    task: str = field(default="chains", metadata={"help": "'chains', 'mini', 'math' or one of reasoning-gym."})
-    task_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the task as JSON."})
-    eval_size: int = field(default=384, metadata={"help": "Number of held-out puzzles."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the teacher."})
-    num_prompts: int = field(default=1200, metadata={"help": "Number of training puzzles that the teacher answers."})
-    samples_per_prompt: int = field(default=8, metadata={"help": "Number of times that it answers each."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the teacher's answers."})
-    max_completion_length: int = field(default=2048, metadata={"help": "Longer answers are wrong."})
-    backend: str = field(default="transformers", metadata={"help": "What samples, 'transformers' or 'vllm'."})
-    batch_size: int = field(default=128, metadata={"help": "Number of answers to sample at once."})
+    task: str = "chains"
+    task_kwargs: dict | str | None = None
+    eval_size: int = 384
+    teacher_model_name_or_path: str | None = None
+    num_prompts: int = 1200
+    samples_per_prompt: int = 8
+    temperature: float = 1.0
+    max_completion_length: int = 2048
+    backend: str = "transformers"
+    batch_size: int = 128
 
     def __post_init__(self):
         require(self, 1, "eval_size", "num_prompts", "samples_per_prompt", "max_completion_length", "batch_size")

@@ -22,11 +22,12 @@ For mathematics take [lighteval](https://github.com/huggingface/lighteval), whic
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from ..config import with_help
 from ..trainer import check_writable
 from .arguments import MINIATURES, Parser, own_fields, parse_arguments, parse_task_kwargs, require
 from .sampling import evaluate
@@ -36,6 +37,7 @@ from .tasks import Task, load_task
 PACKAGES = {"torch", "transformers", "trl", "trl-rlad", "reasoning_gym", "vllm"}
 
 
+@with_help
 @dataclass
 class EvaluationArguments:
     """
@@ -45,9 +47,9 @@ class EvaluationArguments:
         model_name_or_path (`str`, *optional*):
             Name or path of the model. `None` takes the student of a task in miniature.
         task (`str`, *optional*, defaults to `"chains"`):
-            Task, as in `trl-rlad train`.
+            Task: `"chains"`, `"mini"`, `"math"`, or the name of a task of reasoning-gym, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
-            Settings of the task.
+            Settings of the task, as JSON.
         eval_size (`int`, *optional*, defaults to `384`):
             Number of held-out puzzles.
         num_samples (`int`, *optional*, defaults to `8`):
@@ -70,19 +72,19 @@ class EvaluationArguments:
             JSON file for the figures, the settings and the versions.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the model."})
-    task: str = field(default="chains", metadata={"help": "'chains', 'mini', 'math' or one of reasoning-gym."})
-    task_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the task as JSON."})
-    eval_size: int = field(default=384, metadata={"help": "Number of held-out puzzles."})
-    num_samples: int = field(default=8, metadata={"help": "Number of samples per puzzle."})
-    k: list[int] | None = field(default=None, metadata={"help": "The k of Pass@k, by default 1 and `num_samples`."})
-    temperature: float = field(default=0.6, metadata={"help": "Temperature."})
-    top_p: float = field(default=0.95, metadata={"help": "Probability mass of the tokens to draw from."})
-    max_completion_length: int | None = field(default=None, metadata={"help": "Completions are cut at this length."})
-    backend: str = field(default="transformers", metadata={"help": "'transformers' or 'vllm'."})
-    batch_size: int = field(default=128, metadata={"help": "Number of completions to draw at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of the puzzles and of the samples."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    model_name_or_path: str | None = None
+    task: str = "chains"
+    task_kwargs: dict | str | None = None
+    eval_size: int = 384
+    num_samples: int = 8
+    k: list[int] | None = None
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_completion_length: int | None = None
+    backend: str = "transformers"
+    batch_size: int = 128
+    seed: int = 42
+    output: str | None = None
 
     def __post_init__(self):
         student, _, default_length = MINIATURES.get(self.task, (None, None, 2048))
