@@ -1,17 +1,18 @@
 """
 What `comparison.py` compares methods on: a task, a student, its teachers, and how many puzzles there are.
 
-In knights and knaves (`trl_rlad/scripts/tasks/mini.py`) the *mistaken* student, that of `mini/knights.yaml`, misreads
-one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides it, so it is
-seldom right. The *sheltered* one is small and has hardly seen two of the operators, the *half*-learned one was stopped
-in the middle of learning. The flawed teacher is right but for one operator: `&`, for the hasty and the sheltered
-student `|`.
+In knights and knaves (`trl_rlad/scripts/tasks/mini.py`) the *mistaken* student, that of `mini/knights.yaml`,
+misreads one of the four operators, and is sure of it. The *hasty* student knows the task but has a habit that hides
+it, so it is seldom right. The *sheltered* one is small and has hardly seen two of the operators, the *half*-learned
+one was stopped in the middle of learning. The flawed teacher is right but for one operator: `&`, for the hasty and
+the sheltered student `|`.
 
-In chains of operators (`trl_rlad/scripts/tasks/chains.py`) a *half*-learned student does each of eight steps right as a
-rule, and so seldom all of them: that of the main job is one. The *far* one has never seen a quarter of the operators;
-*soft* is a half-learned student with a teacher that writes each digit in one of two forms. The flawed teacher has three
-of the twenty operators wrong. Each is there as a GPT with learned positions and as a Qwen3. Puzzles are fresh ones or,
-with a number at its end, a pool of so many, drawn by the seed of the run and the same for every method.
+In chains of operators (`trl_rlad/scripts/tasks/chains.py`) a *half*-learned student does each of eight steps right
+as a rule, and so seldom all of them: that of the main job is one. The *far* one has never seen a quarter of the
+operators; *soft* is a half-learned student with a teacher that writes each digit in one of two forms. The flawed
+teacher has three of the twenty operators wrong. Each is there as a GPT with learned positions and as a Qwen3.
+Puzzles are fresh ones or, with a number at its end, a pool of so many, drawn by the seed of the run and the same for
+every method.
 """
 
 from collections.abc import Callable

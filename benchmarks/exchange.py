@@ -1,6 +1,6 @@
 """
 Measure what the exchange of rows and scores takes: bytes sent by each process and peak memory of each, for 2, 4 and 8
-processes that talk over gloo; and compare the bytes with those that `fleet.py` counts.
+processes that talk over gloo. `fleet.py --check` compares the bytes with those that it counts.
 
     python benchmarks/exchange.py
 
@@ -53,7 +53,7 @@ def work():
     from trl_rlad.teachers import TokenContract, TokenScores
 
     class Teacher:
-        vocab_size, max_length, is_sharded, shares_prompts = VOCABULARY, float("inf"), False, True
+        vocab_size, max_length, is_sharded, shares_prompts, mixes_rows = VOCABULARY, float("inf"), False, True, True
         config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4096))
 
         def placed(self):
@@ -102,6 +102,14 @@ def work():
     dist.destroy_process_group()
 
 
+def measure(processes: int) -> dict[str, float]:
+    """MB that each process sends on average, and that the one with most holds at the peak and in the end."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *launch, __file__, "--work"]
+    lines = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
+    return json.loads(next(line for line in lines if line.startswith("{")))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], help="numbers of processes")
@@ -109,22 +117,10 @@ def main():
     options = parser.parse_args()
     if options.work:
         return work()
-    print("| processes | sent by each, MB | counted, MB | peak memory of each, MB | with the result held, MB |")
-    print("|---|---|---|---|---|")
-    for count in options.processes:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *launch, __file__, "--work"]
-        lines = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
-        seen = json.loads(next(line for line in lines if line.startswith("{")))
-        try:
-            from fleet import count_traffic, deal_rows
-
-            ranks = [draw_rows(rank) for rank in range(count)]
-            traffic = count_traffic(ranks, deal_rows(ranks, True, 4096))
-            counted = f"{sum(each.within + each.between for each in traffic) / count / 1e6:.2f}"
-        except ImportError:  # of other code
-            counted = "-"
-        print(f"| {count} | {seen['sent']:.2f} | {counted} | {seen['peak']:.0f} | {seen['held']:.0f} |", flush=True)
+    print("| processes | sent by each, MB | peak memory of each, MB | with the result held, MB |\n|---|---|---|---|")
+    for processes in options.processes:
+        seen = measure(processes)
+        print(f"| {processes} | {seen['sent']:.2f} | {seen['peak']:.0f} | {seen['held']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ phase.
 Rows are drawn, dealt out and cut by the code that trains, and each forward pass costs what its tokens and pairs of
 tokens cost. TRL's way is that of its reference model, for the teacher too. `--check` compares the worked out seconds
 with steps that really run here, after the cost of a token, a pair and a pass has been measured on passes without
-padding.
+padding; and, not under `torchrun`, the bytes that 2, 4 and 8 processes send each other here (`exchange.py`).
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -26,7 +27,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trl_rlad.packing import count_cost, cut, cut_shared, deal, group_rows, micro_batches
+from trl_rlad.packing import count_cost, cut, cut_shared, deal, group_rows, micro_batches, slice_rows
+from trl_rlad.scoring.row_scorer import SLICE
 
 
 NAMED = 8  # tokens of the teacher beside each
@@ -125,7 +127,7 @@ def padded_passes(rows, micro_batch: int, is_trimmed: bool):
 def teacher_passes(rows, budget: int, shares_prompts: bool):
     """The passes of our teacher over the rows that a rank was dealt."""
     passes = []
-    groups = group_rows(*zip(*rows, strict=True)) if shares_prompts else [[i] for i in range(len(rows))]
+    groups = group_rows(*zip(*rows, strict=True), budget) if shares_prompts else [[i] for i in range(len(rows))]
     lengths = [sum(rows[group[0]][1:]) for group in groups if len(group) == 1]
     passes += [dense(len(part), max(lengths[i] for i in part)) for part in cut(lengths, budget)]
     for group in groups:
@@ -138,11 +140,21 @@ def teacher_passes(rows, budget: int, shares_prompts: bool):
     return passes
 
 
-def deal_rows(ranks, shares_prompts: bool, hidden_size: int):
+def slice_ranks(ranks):
+    """The rows of all ranks that are dealt out and scored together."""
+    lengths = [[prompt + completion for _, prompt, completion in rows] for rows in ranks]
+    number = math.ceil(max(map(sum, lengths)) / SLICE)
+    slices = [slice_rows(each, number) for each in lengths]
+    return [[[rows[i] for i in part[n]] for rows, part in zip(ranks, slices, strict=True)] for n in range(number)]
+
+
+def deal_rows(ranks, shares_prompts: bool, hidden_size: int, budget: int):
     """For each rank the rows that it scores, each with the rank that it is at home, dealt out as `exchange` does."""
     rows = [(row, home) for home, each in enumerate(ranks) for row in each]
     prompts, prompt_lengths, lengths = zip(*(row for row, _ in rows), strict=True)
-    groups = group_rows(prompts, prompt_lengths, lengths) if shares_prompts else [[i] for i in range(len(rows))]
+    groups = [[i] for i in range(len(rows))]
+    if shares_prompts:
+        groups = group_rows(prompts, prompt_lengths, lengths, budget)
     costs = [count_cost(prompt_lengths[group[0]], [lengths[i] for i in group], hidden_size) for group in groups]
     homes = [rows[group[0]][1] for group in groups] if shares_prompts else None  # as of a sharded teacher
     hands = deal(costs, homes, [0] * len(ranks))
@@ -208,27 +220,33 @@ def imbalance(ranks_passes) -> float:
 
 def work_out(fleet: Fleet, ranks, student: Cost, teacher: Cost, width: int) -> dict[str, dict[str, float]]:
     """Padding, imbalance and seconds of TRL's way and ours, with a teacher of this width."""
-    shares_prompts = not fleet.is_sharded
+    slices = slice_ranks(ranks)
+    dealt = [deal_rows(each, not fleet.is_sharded, width, fleet.budget) for each in slices]
+    traffic = list(map(count_traffic, slices, dealt))
     real = sum(prompt + completion for rows in ranks for _, prompt, completion in rows)
-    dealt = deal_rows(ranks, shares_prompts, width)
-    traffic = max(count_traffic(ranks, dealt), key=lambda each: each.seconds(fleet))
-    passes = {
-        "TRL": [[padded_passes(rows, fleet.micro_batch, False) for rows in ranks]] * 2,
-        "ours": [
-            [padded_passes(rows, fleet.micro_batch, True) for rows in ranks],
-            [teacher_passes([row for row, _ in rows], fleet.budget, shares_prompts) for rows in dealt],
-        ],
-    }
+    padded, trimmed = (
+        [padded_passes(rows, fleet.micro_batch, is_ours) for rows in ranks] for is_ours in (False, True)
+    )
+    scored = [
+        [teacher_passes([row for row, _ in rows], fleet.budget, not fleet.is_sharded) for rows in each]
+        for each in dealt
+    ]
     figures = {}
-    for way, (trained, scored) in passes.items():
-        seconds = [slowest(trained, student, fleet.is_sharded), slowest(scored, teacher, fleet.is_sharded)]
-        seconds.append(traffic.seconds(fleet) if way == "ours" else 0.0)
+    for way, trained, parts in (("TRL", padded, [padded]), ("ours", trimmed, scored)):
+        seconds = {
+            "student": slowest(trained, student, fleet.is_sharded),
+            "teacher": sum(slowest(part, teacher, fleet.is_sharded) for part in parts),
+            "exchange": sum(max(each.seconds(fleet) for each in part) for part in traffic) if way == "ours" else 0.0,
+        }
         figures[way] = {
             "padding": 1 - real / sum(count for one in trained for count, _ in one),
             "imbalance": imbalance(trained),
-            "teacher imbalance": imbalance(scored),
-            **dict(zip(("student", "teacher", "exchange"), seconds, strict=True)),
-            "step": sum(seconds),
+            **seconds,
+            "step": sum(seconds.values()),
+            # Sent in all slices, held in one
+            "within": max(sum(each.within for each in rank) for rank in zip(*traffic, strict=True)),
+            "between": max(sum(each.between for each in rank) for rank in zip(*traffic, strict=True)),
+            "held": max(each.held for part in traffic for each in part),
         }
     return figures
 
@@ -301,6 +319,18 @@ def check():
             print(f"| {way} | {seconds:.2f} | {expected:.2f} | {expected / seconds - 1:+.0%} |")
 
 
+def check_bytes():
+    """Bytes that processes send each other here, and worked out."""
+    import exchange
+
+    print("\n| processes | sent by each, MB | worked out, MB | off by |\n|---|---|---|---|")
+    for processes in (2, 4, 8):
+        sent, ranks = exchange.measure(processes)["sent"], list(map(exchange.draw_rows, range(processes)))
+        traffic = count_traffic(ranks, deal_rows(ranks, True, 4096, 16384))
+        counted = statistics.mean(each.within + each.between for each in traffic) / 1e6
+        print(f"| {processes} | {sent:.2f} | {counted:.2f} | {counted / sent - 1:+.0%} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", help="JSON file with pairs of a prompt's and a completion's length, to draw from")
@@ -310,7 +340,8 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare with steps that run here")
     options = parser.parse_args()
     if options.check:
-        return check()
+        check()
+        return check_bytes() if "RANK" not in os.environ else None
     lengths = json.loads(Path(options.lengths).read_text()) if options.lengths else None
     print(
         "| fleet | ranks | mean and longest | padding | imbalance | student, s | teacher, s | exchange, s | step, s |"
@@ -332,13 +363,10 @@ def main():
             cells.append(" / ".join(f"{figures[way][name]:{form}}" for way in ("TRL", "ours")))
         print("| " + " | ".join(cells) + " |")
         if fleet.ranks > 1:
-            now = count_traffic(ranks, deal_rows(ranks, not fleet.is_sharded, fleet.teacher.width))
-            busiest, before = max(now, key=lambda each: each.seconds(fleet)), count_traffic_to_all(ranks)
-            cells = [fleet.name, f"{fleet.ranks:,}"]
+            before, cells = count_traffic_to_all(ranks), [fleet.name, f"{fleet.ranks:,}"]
             for name in ("within", "between", "held"):
-                figures = getattr(before, name), max(getattr(each, name) for each in now)
-                cells.append(" / ".join(f"{value / 1e6:,.0f}" for value in figures))
-            cells.append(f"{before.seconds(fleet):.2g} / {busiest.seconds(fleet):.2g}")
+                cells.append(f"{getattr(before, name) / 1e6:,.0f} / {figures['ours'][name] / 1e6:,.0f}")
+            cells.append(f"{before.seconds(fleet):.2g} / {figures['ours']['exchange']:.2g}")
             traffic.append("| " + " | ".join(cells) + " |")
     print("\n| fleet | ranks | sent within the node, MB | sent to others, MB | held of others, MB | exchange, s |")
     print("\n".join(["|---|---|---|---|---|---|", *traffic]))

@@ -102,7 +102,7 @@ def make_step(
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": ROLLOUTS // rows,
         "num_generations": GROUP,
-        "max_completion_length": max(map(len, completions)),
+        "max_completion_length": 512,  # of all of `LENGTHS`, and so the same on all ranks
         "loss_type": "grpo",
         "report_to": "none",
     }

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import tiny
@@ -19,7 +20,7 @@ from test_teacher_scorer import make_batch
 from transformers import TrainerCallback
 
 from trl_rlad import RLADTrainer
-from trl_rlad.teachers import FSDPTeacher
+from trl_rlad.teachers import FSDPTeacher, OwnTeacher
 
 
 def make_ragged_batch(rank):
@@ -50,6 +51,10 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fail_as(rank, *_):
+    raise RuntimeError(f"the teacher of rank {rank} fails")
+
+
 def watch_parameters(model):
     """The largest number of the model's parameters that this process ever held at once while running a layer."""
     most = [0]
@@ -72,7 +77,12 @@ def shard_by_fsdp2(path, trainer, mixed_precision):
     )
     if mixed_precision == "bf16":
         trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
-    return FSDPTeacher(path, trainer.args, trainer.accelerator)
+    teacher = FSDPTeacher(path, trainer.args, trainer.accelerator)
+    if trainer.teacher_scorer.teachers[""].is_frozen:
+        return teacher
+    own = OwnTeacher(lambda: teacher.model, teacher.tokenizer, trainer.accelerator)
+    own.is_sharded = True
+    return own
 
 
 def train_and_keep_batches(trainer, output_dir):
@@ -90,6 +100,7 @@ def main(
     kill_after=None,  # die after this step
     resume=None,  # from the last checkpoint
     hang=None,  # this rank never comes back from its teacher
+    fail=None,  # in this rank the teacher raises
     absent=None,  # this rank never comes to the scoring
     lost=None,  # this rank doesn't find the teacher
     of_rank_1=None,  # its own settings
@@ -109,6 +120,9 @@ def main(
         names = [names[i % len(names)] for i in range(len(dataset))]
         prompts = ["w9 w8 w7" if i % 4 == 0 else None for i in range(len(dataset))]
         dataset = dataset.add_column("teacher_id", names).add_column("teacher_prompt", prompts)
+    is_own = lora or teacher == "self"
+    if teacher == "self":
+        dataset = dataset.add_column("teacher_prompt", [f"w1 w2 {row['prompt']}" for row in dataset])
     reward = getattr(tiny, reward) if reward else twin.Watcher()
     trainer = RLADTrainer(
         student,
@@ -120,18 +134,22 @@ def main(
         callbacks=[KillAfter(kill_after)] if kill_after else None,
     )
     if fsdp:
-        trainer.teacher_scorer.scorers[""].teacher = shard_by_fsdp2(teacher, trainer, fsdp)
+        trainer.teacher_scorer.scorers[""].teacher = shard_by_fsdp2(
+            student if teacher == "self" else teacher, trainer, fsdp
+        )
     if teachers:  # in the middle of training, whose batches say what each row was
         return train_and_keep_batches(trainer, output_dir)
     rank, teacher = trainer.accelerator.process_index, trainer.teacher_scorer.teachers[""]
     result = {"teacher": type(teacher).__name__, "folder": output_dir}
     if hang == rank:
         teacher.score = lambda *_: signal.pause()
+    if fail == rank:
+        teacher.score = partial(fail_as, rank)
     if absent == rank:
         signal.pause()
-    if teacher.is_sharded and not lora:
+    if fsdp or teacher.is_sharded and not is_own:
         most = watch_parameters(teacher.model)
-    if not lora:  # under ZeRO and FSDP the student is only prepared by training
+    if fsdp or not is_own:  # under ZeRO and FSDP the student is only prepared by training
         batch, tokens = make_ragged_batch(rank), count_scored_tokens(teacher)
         scores = trainer.teacher_scorer.score(batch, batch["completion_mask"], config.objective.top_k)
         result |= {"scores": scores["teacher_per_token_logps"].tolist(), "tokens": sum(tokens)}
@@ -142,7 +160,7 @@ def main(
     result["losses"] = {log["step"]: log["loss"] for log in result["logs"]}
     result["rows"] = getattr(reward, "calls", None)
     result["files"] = sorted(path.name for path in Path(output_dir).rglob("*") if path.is_file())
-    if teacher.is_sharded and not lora:
+    if fsdp or teacher.is_sharded and not is_own:
         result["most_parameters"] = most[0]
     Path(output_dir, f"result_{rank}.json").write_text(json.dumps(result))
 

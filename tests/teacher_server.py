@@ -153,7 +153,7 @@ FAULTS = {
 
 
 def is_check(handler):
-    return handler.body is not None and handler.body["prompt_logprobs"] == 20
+    return handler.body is not None and handler.body.get("prompt_logprobs", handler.body.get("top_logprobs_num")) == 20
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         owner, self.body = self.server.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         (owner.checks if is_check(self) else owner.requests).append(self.body)
-        self.answer({"model": owner.cards[0]["id"], "choices": [{"prompt_logprobs": owner.score(self.body)}]})
+        self.answer(owner.respond(self.path, self.body))
 
     def answer(self, answer):
         owner = self.server.owner
@@ -238,13 +238,43 @@ class TeacherServer:
         self.connections = []
 
     @torch.no_grad()
-    def score(self, body):
-        """vLLM's `prompt_logprobs`, at temperature 1 whatever is asked for."""
-        ids = torch.tensor(body["prompt"])
+    def read(self, ids):
+        """Log-probabilities `(L, V)`, at temperature 1 whatever is asked for."""
         with self.lock:
-            logps = self.to_scores(self.model(ids[None]).logits[0].float())
-        entries = [None]
+            return self.to_scores(self.model(torch.tensor([ids])).logits[0].float())
+
+    def respond(self, path, body):
+        """As vLLM does, with `prompt_logprobs`."""
+        assert path == "/v1/completions"
+        ids, entries = torch.tensor(body["prompt"]), [None]
+        logps = self.read(body["prompt"])
         for row, id in zip(logps[:-1], ids[1:], strict=True):
             named = {*row.topk(min(body["prompt_logprobs"], len(row))).indices.tolist(), id.item()}
             entries.append({str(i): {"logprob": row[i].item()} for i in named})
-        return entries
+        return {"model": self.cards[0]["id"], "choices": [{"prompt_logprobs": entries}]}
+
+
+class SGLangServer(TeacherServer):
+    """
+    As much of SGLang's native endpoint as is asked for, by what public code that calls it sends and reads: the real
+    one doesn't run here.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cards[0]["owned_by"] = "sglang"
+
+    def respond(self, path, body):
+        assert path == "/generate" and body["return_logprob"] and body["sampling_params"] == {"max_new_tokens": 0}
+        ids, start, k = body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]
+        logps = self.read(ids)
+        scores = {"input_token_logprobs": [[None, ids[start], None]], "prompt_tokens": len(ids)}
+        if k:
+            scores["input_top_logprobs"] = [None]
+        for row, id in zip(logps[start:-1], ids[start + 1 :], strict=True):
+            scores["input_token_logprobs"].append([row[id].item(), id, None])
+            if k:
+                top = row.topk(min(k, len(row)))
+                named = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                scores["input_top_logprobs"].append([[logp, i, None] for logp, i in named])
+        return {"text": "", "meta_info": scores}

@@ -263,6 +263,17 @@ def _(place):
     place.trainer(teacher="base", teacher_offload="cpu", trainer_kwargs={"peft_config": lora})
 
 
+@refused("trainer", '`teacher_model="self"` without a `teacher_prompt`', "knows no more", "Add the column", "solution")
+def _(place):
+    place.trainer(teacher="self")
+
+
+@refused("trainer", '`teacher_zero_stage` with `teacher_model="self"`', "`teacher_zero_stage` has no meaning")
+def _(place):
+    dataset = tiny.make_dataset().map(lambda row: {"teacher_prompt": f"w1 {row['prompt']}"})
+    place.trainer(teacher="self", dataset=dataset, teacher_zero_stage=0)
+
+
 @refused(
     "trainer", '`teacher_model="base"` of an initialization that changes it', "`init_lora_weights=", "of the base"
 )

@@ -22,7 +22,7 @@ from test_routing import assert_scores as assert_own_scores
 from test_teacher_scorer import assert_names, naive_scores
 from transformers import AutoModelForCausalLM
 
-from trl_rlad.runs import read_rollouts
+from trl_rlad.rollouts import read_rollouts
 
 
 TESTS = Path(__file__).parent
@@ -30,15 +30,15 @@ CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
 pytestmark = pytest.mark.slow
 
 
-def launch(output_dir, config, check=True, worker="distributed_worker.py", **options):
-    """Run a worker in two processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
+def launch(output_dir, config, check=True, worker="distributed_worker.py", processes=2, **options):
+    """Run a worker in several processes: by `torchrun`, or by `accelerate launch` with one of our configs, on CPU."""
     output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m"]
     if config == "ddp":
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     else:
         settings = yaml.safe_load((CONFIGS / f"{config.replace('zero0', 'zero1')}.yaml").read_text())
-        settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+        settings |= {"num_processes": processes, "use_cpu": True, "mixed_precision": "no"}
         if config == "zero0":
             settings["deepspeed_config"]["zero_stage"] = 0
         Path(output_dir, "config.yaml").write_text(yaml.dump(settings))
@@ -50,7 +50,7 @@ def launch(output_dir, config, check=True, worker="distributed_worker.py", **opt
     if not check:
         return run
     assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(Path(output_dir, f"result_{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads(Path(output_dir, f"result_{rank}.json").read_text()) for rank in range(processes)]
 
 
 TEACHER = {"seed": 1, "hidden_size": 24, "vocab_size": 40, "layers": 8}
@@ -115,6 +115,16 @@ def test_data_parallel(unsharded, paths):
     assert_twins(unsharded, students_of(Path(unsharded[0]["folder"]), paths["student"]), twin.load(paths["teacher"]))
 
 
+def test_wherever_rows_are_scored_not_a_bit_differs(tmp_path, paths):
+    other = tiny.save_model(tmp_path / "other", seed=2, hidden_size=32)
+    results = launch(tmp_path, "ddp", worker="exchange_worker.py", processes=4, teacher=paths["teacher"], other=other)
+    for result in results:
+        assert len(result) == 5 and all(case["equal"] and case["rows"] >= 8 for case in result.values()), results
+    for case in ("one teacher", "named tokens", "slices"):  # rank 0 had three quarters of the rows, and rank 2 none
+        least, *_, most = sorted(result[case]["tokens"] for result in results)
+        assert least > 0 and most <= 2 * least, results
+
+
 @pytest.mark.parametrize("student_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("teacher_stage", [0, 3])
 def test_zero(student_stage, teacher_stage, tmp_path, paths, unsharded):
@@ -175,6 +185,36 @@ def test_the_students_own_base_as_teacher(config, tmp_path, paths):
     assert abs(results[0]["logs"][2]["teacher/log_ratio"]) > 1e-3
 
 
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_student_as_its_own_teacher(config, lora, tmp_path, paths):
+    results = launch(tmp_path, config, student=paths["student"], teacher="self", lora=lora, **SAVED)
+    assert results[0]["teacher"] == "OwnTeacher" and len(results[0]["losses"]) == 3
+    students = (adapted_students_of if lora else students_of)(tmp_path, paths["student"])
+    for step, student in enumerate(students):  # each step's own
+        rows = [row for result in results for row in result["rows"][step]]
+        assert len(rows) == 8 and all(row["teacher_prompt"] == f"w1 w2 {row['prompt']}" for row in rows)
+        for result in results:
+            twin.assert_logged(result["logs"][step], twin.log_of_step(rows, student, student))
+
+
+def test_the_student_as_its_own_teacher_in_shards_of_fsdp2(tmp_path, paths):
+    # By its parts alone: on CPU, a launch by FSDP shards no student
+    results = launch(tmp_path, "ddp", fsdp="no", student=paths["teacher"], teacher="self", max_steps=1)
+    assert results[0]["teacher"] == "OwnTeacher"
+    assert_scores(results, paths["teacher"])
+    limit = 0.7 * tiny.make_model(**TEACHER).num_parameters()
+    assert all(result["most_parameters"] < limit for result in results), "a full copy of the student"
+
+
+def test_named_tokens_of_the_student_itself(tmp_path, paths):
+    results = launch(tmp_path, "zero3", student=paths["student"], teacher="self", **NAMED, **SAVED)
+    for step, student in enumerate(students_of(tmp_path, paths["student"])):
+        rows = [row for result in results for row in result["rows"][step]]
+        for result in results:
+            twin.assert_logged(result["logs"][step], twin.log_of_step(rows, student, student, **TWIN_NAMED))
+
+
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_a_killed_run_resumes_exactly(config, tmp_path, paths):
     kwargs = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, **paths}
@@ -192,6 +232,14 @@ def test_a_stuck_rank_is_named(config, seconds, tmp_path, paths):
     assert run.returncode != 0
     assert f"Rank 1 has not ended call 1 of TeacherScorer.score within {seconds} s" in run.stderr
     assert "signal.pause" in run.stderr or "in <lambda>" in run.stderr  # where it is stuck
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_a_rank_that_fails_ends_all(config, tmp_path, paths):
+    start = time.monotonic()
+    run = launch(tmp_path, config, check=False, fail=1, **paths)
+    assert run.returncode != 0 and time.monotonic() - start < 120.0
+    assert "RuntimeError: the teacher of rank 1 fails" in run.stderr
 
 
 def test_an_absent_rank_is_named(tmp_path, paths):

@@ -124,7 +124,7 @@ def test_a_teacher_that_is_sampled_ends_its_answers_as_it_is_used_to(models, tmp
     before = trainer.model_wrapped, trainer.eos_token_ids, trainer.generation_config.to_dict()
     probe = Probe(trainer)
     probe.run(4)
-    assert probe.sample_teacher(4) == {"teacher_accuracy": 1.0, "teacher_rescues": 1.0}
+    assert [each.value for each in probe.sample_teacher(4).values()] == [1.0, 1.0]
     assert (trainer.model_wrapped, trainer.eos_token_ids, trainer.generation_config.to_dict()) == before
 
     def fail(*args, **kwargs):
@@ -155,4 +155,4 @@ def test_what_none_can_judge_is_left_out_of_the_teachers_answers(models, tmp_pat
     probe.run(8)
     rewards = [rollout["reward"] for rollout in probe.rollouts]
     assert len(rewards) == 32 and rewards.count(None) == 18 and rewards.count(0.0) == 14
-    assert probe.sample_teacher(8) == {"teacher_accuracy": 1.0, "teacher_rescues": 1.0}
+    assert [each.value for each in probe.sample_teacher(8).values()] == [1.0, 1.0]

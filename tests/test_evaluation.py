@@ -199,7 +199,8 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "load_task", load)
     output = tmp_path / "new" / "scores.json"
     arguments = f"--model_name_or_path {STUDENT} --eval_size 9 --num_samples 3 --seed 7 --output {output}".split()
-    arguments += "--task mini --temperature 1.7 --top_p 0.9 --k 3 2 --batch_size 5 --max_completion_length 31 --task_kwargs".split()
+    arguments += "--task mini --temperature 1.7 --top_p 0.9 --k 3 2 --batch_size 5".split()
+    arguments += "--max_completion_length 31 --task_kwargs".split()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, '{"n_people": [2, 3]}'])
     script.main()
     result = json.loads(output.read_text())

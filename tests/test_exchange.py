@@ -1,6 +1,7 @@
 """Rows dealt out, sent, scored and sent back: by threads that stand for processes, which `test_distributed.py` has."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import Barrier, local
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trl_rlad.scoring import RowScorer
 from trl_rlad.scoring import exchange as module
 from trl_rlad.scoring.exchange import exchange
 from trl_rlad.scoring.rows import Row
@@ -105,7 +107,7 @@ def test_every_row_gets_its_own_scores_wherever_they_were_made(teacher, processe
             scored[accelerator.process_index] += dealt
             return score(dealt)
 
-        return exchange(rows[accelerator.process_index], watched, teacher, 2, accelerator)
+        return exchange(rows[accelerator.process_index], watched, teacher, 50, 2, accelerator)
 
     results = processes(len(rows)).run(work)
     for given_rows, got in zip(rows, results, strict=True):
@@ -119,7 +121,7 @@ def test_every_row_gets_its_own_scores_wherever_they_were_made(teacher, processe
 def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
     def work(accelerator):
         lengths = [(0, 20, False)] * (6 + 2 * (accelerator.process_index % 2))
-        return exchange(make_rows(accelerator.process_index, lengths), score, make_teacher(), 2, accelerator)
+        return exchange(make_rows(accelerator.process_index, lengths), score, make_teacher(), 50, 2, accelerator)
 
     for count in (2, 4, 8):
         made = processes(count)
@@ -132,5 +134,24 @@ def test_what_is_sent_does_not_grow_with_the_number_of_processes(processes):
 
 def test_rows_that_are_even_stay_at_home(processes):
     made = processes(2)
-    made.run(lambda accelerator: exchange(make_rows(0, [(0, 20, False)] * 3), score, make_teacher(), 2, accelerator))
+    rows = make_rows(0, [(0, 20, False)] * 3)
+    made.run(lambda accelerator: exchange(rows, score, make_teacher(), 50, 2, accelerator))
     assert made.sent == [16 + 3 * 24] * 2
+
+
+def test_a_process_that_ran_out_of_memory_still_deals_as_the_others(processes):
+    # Of 8 rows of 24 + 6 tokens each: on a budget of 4,096 they are dealt one by one, on one of 40 as groups
+    teacher = make_teacher(shares_prompts=True, mixes_rows=True, placed=nullcontext)
+    teacher.score = lambda prompts, completions, top_k, images: score(list(map(Row, prompts, completions)))
+    rows = [Row(torch.arange(24), torch.arange(6) + number) for number in range(8)]
+
+    def work(accelerator):
+        accelerator.num_processes, rank = 2, accelerator.process_index
+        scorer = RowScorer(teacher, accelerator, 4096)
+        scorer.tokens_per_batch = [4096, 40][rank]
+        return list(scorer.score([rows, []][rank], 2))
+
+    results = processes(2).run(work)
+    assert results[1] == [] and len(results[0]) == 8
+    for (_, scores), expected in zip(results[0], score(rows), strict=True):
+        assert torch.equal(scores.logps, expected.logps)

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -19,6 +20,7 @@ from trl_rlad import RLADTrainer, __version__
 from trl_rlad.cli import COMMANDS, HELP
 from trl_rlad.cli import main as cli
 from trl_rlad.commands import train as command
+from trl_rlad.reports import probe_run
 from trl_rlad.scripts import distil, evaluate, train
 from trl_rlad.scripts.arguments import parse_teachers, read_method
 from trl_rlad.scripts.source import REWARD_FUNCS, judge, load_reward_funcs, load_source
@@ -91,15 +93,18 @@ def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
                 main([command, "--help"])
             except SystemExit as end:
                 assert end.code == 0
-        main(["view", sys.argv[1], "--output", sys.argv[1] + "/view.html"])
+        main(["view", sys.argv[1]])
         print(*{"torch", "transformers", "trl", "matplotlib"} & sys.modules.keys())
     """
+    (tmp_path / "trainer_state.json").write_text(
+        '{"log_history": [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1}]}'
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(COMMANDS) <= set(re.findall(r"^  (\w+) ", output, re.MULTILINE))
     assert f"\ntrl-rlad {__version__}\n" in output
     assert set(COMMANDS) <= set(re.findall("usage: trl-rlad ([a-z]+) ", output))
-    assert output.splitlines()[-1] == ""
+    assert output.splitlines()[-1] == "" and (tmp_path / "view.html").exists()
 
 
 @pytest.mark.skipif(not trl.__version__.startswith("1.16"), reason="the help texts of TRL's flags are those of 1.16")
@@ -116,7 +121,6 @@ def test_help_shows_defaults(command, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         cli([command, "--help"])
     shown = {
-        "view": ["(default: 20000)"],
         "probe": ["(default: 32)"],
         "compare": ["(default: auto)"],
         "train": ["(default: 0.5)", "(default: 16,384 on a GPU and 1,024 on a CPU)"],
@@ -440,7 +444,16 @@ def test_a_method_is_found_by_either_spelling(name):
     assert read_method(name)["teacher_kl_on"] == "failed"
 
 
-def test_the_probe_runs_the_command_itself(place, tmp_path):
+def test_the_probe_runs_the_command_itself(place, tmp_path, monkeypatch, capsys):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(probe_run, "_leave", leave)
     output = tmp_path / "probe.json"
-    cli(["probe", "--prompts", "2", "--output", str(output), "train", *place.arguments("--output_dir", place.out)])
-    assert json.loads(output.read_text())["advice"]
+    arguments = place.arguments("--output_dir", place.out)
+    with pytest.raises(SystemExit, match="0"):
+        cli(["probe", "--prompts", "2", "--output", str(output), "train", *arguments])
+    pasted = capsys.readouterr().out.split("\n")[2]
+    assert pasted == f"Paste:      {json.loads(output.read_text())['advice']['paste']}"
+    assert f"trl-rlad train {shlex.join(map(str, arguments))}" in pasted
+    assert not Path(place.out).exists()

@@ -5,6 +5,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from teacher_server import TeacherServer
 from test_trainer import losses, weights
 from transformers import AutoModelForImageTextToText, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -202,6 +203,14 @@ def test_a_text_only_teacher_of_images_is_refused(tmp_path, student_path, text_t
     trainer = make_trainer(student_path, tmp_path, TEXT, teacher=text_teacher_path)
     with pytest.raises(ValueError, match="can't read the images of this data"):
         trainer._prepare_inputs([{"prompt": [{"role": "user", "content": content}]}] * 8)
+
+
+def test_a_served_teacher_of_images_is_refused(tmp_path, student_path, text_teacher_path):
+    with TeacherServer(text_teacher_path) as server:
+        options = {"teacher_server_urls": server.url}
+        with pytest.raises(ValueError, match="only token ids are sent, .* loaded here. Choose .* `teacher_weight` 0"):
+            make_trainer(student_path, tmp_path, DATA["images"], **options)
+        make_trainer(student_path, tmp_path, TEXT, **options)
 
 
 def test_images_can_be_left_to_the_reward(tmp_path, student_path, text_teacher_path):

@@ -11,10 +11,11 @@ from transformers import AutoProcessor, AutoTokenizer
 from trl import SFTConfig
 
 from trl_rlad.scripts import distil as script
-from trl_rlad.scripts.arguments import MINI
+from trl_rlad.scripts.arguments import MINI, MINIATURES
 from trl_rlad.scripts.distil import collect, make_trainer
 from trl_rlad.scripts.sampling import add_teacher_weight, evaluate, sample
 from trl_rlad.scripts.tasks import Task
+from trl_rlad.scripts.tasks.chains import load_chains
 from trl_rlad.scripts.tasks.mini import correctness_reward, make_dataset, make_tokenizer
 
 
@@ -136,15 +137,15 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert max_lengths == [None]  # not TRL's 1,024, which would cut answers
     stdout = capsys.readouterr().out
     saved = json.loads((tmp_path / "teacher_samples.json").read_text())
-    train_dataset = make_dataset([2, 3, 4], 12, seed=42, held_out=False)
-    _, counts = collect(TEACHER, make_task(train_dataset), 2, 33, seed=42)
+    student, teacher, length = MINIATURES["chains"]
+    task = load_chains(12, 24, seed=42)
+    _, counts = collect(str(teacher), task, 2, length, seed=42)
     assert saved["counts"] == counts
     assert saved["settings"]["samples_per_prompt"] == 2 and saved["settings"]["seed"] == 42
     assert f"{counts['kept_samples']} of 24 answers, {counts['kept_tokens']} tokens" in stdout
-    eval_dataset = make_dataset([2, 3, 4], 24, seed=42, held_out=True)
     before, after = (
-        evaluate(model, make_task(eval_dataset), 1, max_new_tokens=33, seed=42)["overall"]["mean@1"]
-        for model in (STUDENT, str(tmp_path))
+        evaluate(model, task, 1, max_new_tokens=length, seed=42)["overall"]["mean@1"]
+        for model in (str(student), str(tmp_path))
     )
     assert before > after
     assert f"  {before:6.1%} -> {after:6.1%}" in stdout

@@ -111,7 +111,7 @@ def test_a_run_without_padding_equals_grpo(kwargs, tmp_path, student_path):
     "kwargs",
     [
         {"num_iterations": 2},
-        {"teacher_kl_coef": 0.1, "teacher_kl": "forward", "teacher_top_k": 3},  # tensors of shape (B, T, 3)
+        {"teacher_kl_coef": 0.1, "teacher_kl": "forward", "teacher_top_k": 3},  # lists with (N, 3) of each row
     ],
     ids=["sampled", "named"],
 )

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import warnings
+from base64 import b64encode
 from math import isnan, log
 from pathlib import Path
 
@@ -14,15 +15,18 @@ import tiny
 import torch
 from teacher_server import TeacherServer
 from test_loss import make_batch, make_logps
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import GRPOTrainer
 
-from trl_rlad import RLADTrainer, TeacherScorer
+from trl_rlad import TeacherScorer
 from trl_rlad.cli import main
 from trl_rlad.objective.guidance import Guidance
-from trl_rlad.reports.probe import STUDY, Estimate, _contradicts, _is_lower, recommend, report
-from trl_rlad.reports.probe_output import SHARES, TABLE, print_report, write_picture
+from trl_rlad.reports import probe_run
+from trl_rlad.reports.advice import OFF, OFFLINE, STUDY, WORDS, choose, how_sure, recommend, settings_to_paste
+from trl_rlad.reports.probe import Estimate, _contradicts, _is_lower, report
+from trl_rlad.reports.probe_output import SHARES, TABLE, print_report, render_page, write_picture
 from trl_rlad.reports.probe_run import Probe, ProbeGuide
+from trl_rlad.scripts.arguments import read_method
 
 
 EOS = 1
@@ -89,8 +93,9 @@ def test_figures_by_hand():
         1,
     )
     assert figures["gap_quantiles"][50] == 0.0
-    # Of two prompts, a quarter of the draws has the first twice and a quarter the second
-    assert figures["mean@1"][1:] == (0.0, 0.5)
+    # Two groups have successes and tokens, one has a better and a worse completion, and another success is needed
+    groups = {"mean@1": 2, "gap": 2, "discrimination": 1, "gap_punished": 1, "contradicted_succeeded": 1}
+    assert {name: figures[name].groups for name in groups} == groups
 
 
 def test_what_none_can_judge_is_neither_a_success_nor_a_failure():
@@ -117,10 +122,16 @@ def test_what_none_can_judge_is_neither_a_success_nor_a_failure():
     assert {name: figures[name].value for name in expected} == pytest.approx(expected)
 
 
-def test_the_interval_is_of_95_percent():
-    figures = report([rollout(i, float(i == 0), 0.0, [-1.0], [-1.0]) for i in range(3)])
-    # A draw in 27 has the one prompt with a success three times: fewer than 5 in 100, and more than 2.5
-    assert figures["mean@1"][1:] == (0.0, 1.0)
+def test_the_interval_is_of_95_percent_and_of_eight_groups_at_least():
+    def of(size, successes):
+        return report([rollout(i, float(i < successes), 0.0, [-1.0], [-1.0]) for i in range(size)])["mean@1"]
+
+    # Ten prompts of which two succeed: of ten draws at most four are of these in 96.7% of cases, and at most five in
+    # 99.4%; none in 10.7%
+    assert of(10, 2) == (0.2, 0.0, 0.5, 10)
+    assert of(8, 8) == (1.0, 1.0, 1.0, 8)
+    value, low, high, groups = of(7, 7)
+    assert (value, groups) == (1.0, 7) and isnan(low) and isnan(high)
 
 
 def test_clip_shares_by_hand():
@@ -137,7 +148,7 @@ def test_a_teacher_that_is_the_student_is_no_better_than_chance():
     rollouts = [rollout(0, float(i), i - 1.0, [-i - 0.1], [-i - 0.1 + 1e-6 * i]) for i in range(3)]
     figures = report(rollouts)
     for name in ("discrimination", "prefers_rewarded", "prefers_punished"):
-        assert figures[name] == (0.5, 0.5, 0.5)
+        assert figures[name].value == 0.5
     assert figures["gap"].value == pytest.approx(0.0, abs=1e-5)
     assert figures["teacher_auc"].value == 0.0  # it is surer of what is worse, as the student is
 
@@ -146,7 +157,9 @@ def test_nothing_to_compare_is_not_a_number():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures = report([rollout(0, 1.0, 0.0, [-1.0], [None])])
-    assert all(isnan(value) for name in ("gap", "discrimination", "contradicted_failed") for value in figures[name])
+    assert all(
+        isnan(value) for name in ("gap", "discrimination", "contradicted_failed") for value in figures[name][:3]
+    )
 
 
 def test_bounds_other_than_the_defaults_by_hand():
@@ -194,72 +207,108 @@ def test_what_is_at_a_bound_is_within_it():
     assert _contradicts(-0.01, -5.0) and not _contradicts(sure, -5.0) and not _contradicts(-0.01, unlikely)
 
 
-FIGURES = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0}
+def make_figures(groups=100, prompts=32, width=0.0, **values):
+    """Figures of a probe of a teacher that contradicts failures and no success."""
+    shares = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0} | values
+    estimates = {name: Estimate(x, x - width, x + width, groups) for name, x in shares.items()}
+    return {**estimates, "prompts": prompts}
 
 
 @pytest.mark.parametrize(
-    ("changes", "before", "in_the_loss"),
+    ("changes", "first", "then", "where_right"),
     [
-        ({}, "unknown", "the teacher names where the student failed"),
-        ({"contradicted_succeeded": 0.3}, "unknown", "believed where it is right"),
-        ({"contradicted_failed": 0.5}, "unknown", "GRPO"),
-        ({"gap": 0.0, "beyond_clip": 0.0, "teacher_rescues": 0.0}, "nothing", "GRPO"),
-        ({"teacher_accuracy": 0.0, "teacher_rescues": 0.0}, "nothing", "GRPO"),
-        ({"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, "offline distillation", "the teacher names"),
-        ({"teacher_accuracy": 0.67, "teacher_rescues": 0.66}, "offline distillation", "believed where it is right"),
-        ({"teacher_accuracy": 0.95, "teacher_rescues": 0.1}, "nothing", "the teacher names"),
+        ({}, "rlad_named", "", False),
+        ({"contradicted_failed": 0.75}, "rlad_named", "", False),
+        ({"contradicted_failed": 0.74}, "grpo", "", False),
+        ({"contradicted_failed": float("nan")}, "grpo", "", False),
+        ({"contradicted_succeeded": 0.04}, "rlad_named", "", False),
+        ({"contradicted_succeeded": 0.05}, "rlad_named", "", True),
+        ({"gap": 0.0}, "rlad_named", "", False),
+        ({"beyond_clip": 0.0}, "rlad_named", "", False),
+        ({"gap": 0.01, "beyond_clip": 0.0}, "rlad_named", "", False),
+        ({"gap": 0.0, "beyond_clip": 0.0, "teacher_rescues": 1.0}, "grpo", "", False),
+        ({"teacher_accuracy": 0.0, "teacher_rescues": 0.0}, "grpo", "", False),
+        ({"teacher_accuracy": 0.9, "teacher_rescues": 0.2}, "rlad_named", "", False),
+        ({"teacher_accuracy": 0.89, "teacher_rescues": 0.25}, OFFLINE, "rlad_named", True),
+        ({"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, OFFLINE, "rlad_named", False),
+        ({"contradicted_failed": 0.1, "teacher_accuracy": 0.67, "teacher_rescues": 0.66}, OFFLINE, "grpo", False),
     ],
 )
-def test_advice(changes, before, in_the_loss):
-    figures = {
-        name: Estimate(value, value, value) if name in FIGURES else value
-        for name, value in (FIGURES | changes).items()
-    }
+def test_the_bounds_of_the_rule(changes, first, then, where_right):
+    figures = make_figures(**changes)
+    assert choose(figures)[:3] == (first, then, where_right)
     advice = recommend(figures)
-    assert before in advice["before"] and in_the_loss in advice["in the loss"] and advice["limits"]
-    assert ("teacher_weight" in advice["settings"]) == ("believed" in advice["in the loss"])
+    assert advice["method"] == first and advice["do"].startswith(WORDS[first])
+    assert advice["then"].startswith(WORDS[then] if then else "") and advice["teacher_weight"] == where_right
+    assert ("only where it is right" in advice["do"] + advice["then"]) == where_right
+    assert advice["settings"] == OFF | read_method(then or first)
 
 
-NAMES = "the teacher names where the student failed"
-BELIEVED = NAMES + ", and is believed where it is right"
+def test_every_method_that_may_be_advised_has_its_settings_and_each_bound_its_figure():
+    assert STUDY["settings"] == {name: read_method(name) for name in WORDS if name != OFFLINE}
+    assert {"grpo", "rlad", "rlad_named", "opd_forward", "distil_then_rlad", OFFLINE} == WORDS.keys()
+    assert STUDY["bounds"].keys() >= STUDY["evidence"].keys()
 
 
 @pytest.mark.parametrize(
-    ("changes", "in_the_loss", "before"),
+    ("figures", "starts", "has"),
     [
-        ({}, NAMES, "unknown: ask with --sample_teacher"),
-        ({"contradicted_failed": 0.75}, NAMES, None),
-        ({"contradicted_failed": 0.7}, "GRPO", None),
-        ({"contradicted_succeeded": 0.05}, NAMES, None),
-        ({"contradicted_succeeded": 0.08}, BELIEVED, None),
-        ({"teacher_accuracy": 0.9, "teacher_rescues": 0.2}, NAMES, "nothing"),
-        ({"teacher_accuracy": 0.85, "teacher_rescues": 0.25}, BELIEVED, "offline distillation of its right answers"),
-        ({"teacher_accuracy": 0.95, "teacher_rescues": 0.3}, NAMES, "offline distillation of its right answers"),
-        ({"gap": 0.0}, NAMES, None),
-        ({"beyond_clip": 0.0}, NAMES, None),
-        ({"gap": 0.01, "beyond_clip": 0.0}, NAMES, None),
+        (make_figures(), "clear, by bounds that rest on six pairs", "contradicted_failed is 99% (99% to 99%, 100"),
+        (make_figures(groups=7), "not sure, ask again with --prompts 128", "rests on too few groups (7)"),
+        (make_figures(contradicted_failed=0.8, width=0.06), "not sure", "is 74% to 86% (100 groups)"),
+        (make_figures(contradicted_failed=0.8, width=0.05), "clear", "the bound 75%"),
+        (make_figures(contradicted_failed=0.7, width=0.05), "not sure", "with the bound of 75% within"),
+        (make_figures(contradicted_failed=0.7, width=0.04), "clear", "66% to 74%"),
+        (make_figures(gap=0.0, beyond_clip=0.0), "certain: student and teacher are the same", ""),
+        # None of 50 groups: three in 50, by the rule of three, are not ruled out
+        (make_figures(groups=50), "not sure", ": contradicted_succeeded is 0% to 6% (50 groups), with the"),
+        (make_figures(groups=61), "clear", "contradicted_succeeded is 0% (0% to 5%, 61 groups)"),
+        # Only what decides on the first thing to do
+        (make_figures(teacher_accuracy=1.0, teacher_rescues=1.0), "clear", ": teacher_rescues is 100% (97% to 100%"),
     ],
-)
-def test_the_bounds_of_the_rule(changes, in_the_loss, before):
-    estimates = {name: Estimate(value, value, value) for name, value in (FIGURES | changes).items() if name in FIGURES}
-    advice, settings = recommend(changes | estimates), json.loads(STUDY.read_text())["settings"]
-    assert advice.keys() == {"before", "in the loss", "settings", "evidence", "limits"}
-    assert advice["in the loss"] == in_the_loss and advice["before"].partition(" (")[0] == (before or advice["before"])
-    column = ", and a column teacher_weight (trl-rlad train --teacher_samples 4)"
-    expected = {"GRPO": settings["grpo"], NAMES: settings["rlad_named"], BELIEVED: settings["rlad_named"] + column}
-    assert advice["settings"] == expected[in_the_loss]
+)  # fmt: skip
+def test_how_sure_that_is(figures, starts, has):
+    text = how_sure(choose(figures), figures)
+    assert text.startswith(starts) and has in text
+    is_asked = "teacher_rescues" in figures or starts.startswith("certain")
+    assert text.endswith("whether offline is better, --sample_teacher tells") == (not is_asked)
 
 
-def test_the_evidence_is_that_of_the_study():
-    study = json.loads(STUDY.read_text())
-    figures = {name: Estimate(value, value, value) for name, value in FIGURES.items()}
-    evidence = recommend(figures | {"contradicted_succeeded": Estimate(0.3, 0.3, 0.3)})["evidence"]
-    low, high = study["naming_without_gain"]["contradicted_failed"]
-    assert f"and nothing at {100 * low:.0f} to {100 * high:.0f}%. It contradicts 30% of the successes too" in evidence
-    low, high = study["naming_by_a_flawed_teacher"]["cost"]
-    assert f"cost {low:.0f} to {high:.0f} points" in evidence
-    same = {"gap": Estimate(0.0, 0.0, 0.0), "beyond_clip": Estimate(0.0, 0.0, 0.0)}
-    assert recommend(figures | same)["evidence"] == "Student and teacher are the same, to rounding."
+@pytest.mark.parametrize(
+    ("script", "arguments", "config", "pasted"),
+    [
+        ("my.py", [], {}, "teacher_kl_coef=1.0, teacher_kl='forward', teacher_kl_on='failed'"),
+        ("my.py", ["student", "--verbose"], {"alpha": 0.7, "teacher_kl": "forward", "teacher_kl_on": "failed"},
+         "alpha=0.5, teacher_kl_coef=1.0"),
+        ("my.py", ["--output_dir", "out"], {}, "--teacher_kl_coef 1.0 --teacher_kl forward --teacher_kl_on failed"),
+        ("my.py", ["--config", "a.yaml"], {},
+         "in your file:\nteacher_kl_coef: 1.0\nteacher_kl: forward\nteacher_kl_on: failed"),
+        ("my.py", ["--config", "a.yaml", "--teacher-kl=reverse"], {},
+         "--teacher_kl_coef 1.0 --teacher_kl forward --teacher_kl_on failed"),
+        ("train", [], {}, "trl-rlad train --teacher_kl_coef 1.0 --teacher_kl forward --teacher_kl_on failed"),
+        ("train", ["--task_kwargs", '{"a": 1}'],
+         {"teacher_kl": "forward", "teacher_kl_on": "failed", "teacher_kl_coef": 0.1, "teacher_kl_coef_final": 0.5},
+         """trl-rlad train --task_kwargs '{"a": 1}' --teacher_kl_coef 1.0 --teacher_kl_coef_final 1.0"""),
+        ("train", ["--seed", "3"], {"named": True}, "as you have it: trl-rlad train --seed 3"),
+        ("my.py", ["--seed", "3"], {"named": True}, "as you have it"),
+    ],
+)  # fmt: skip
+def test_what_is_to_be_changed_can_be_pasted(script, arguments, config, pasted, tmp_path):
+    config = read_method("rlad_named") if "named" in config else config
+    now = tiny.make_config(tmp_path, **config)
+    assert settings_to_paste(recommend(make_figures()), now, script, arguments) == pasted
+
+
+def test_a_teacher_that_may_be_wrong_needs_its_column_too(tmp_path):
+    advice, now = recommend(make_figures(contradicted_succeeded=0.3)), tiny.make_config(tmp_path)
+    column = "teacher_kl_on='failed'  # and a column `teacher_weight` in the dataset"
+    assert settings_to_paste(advice, now, "my.py", []).endswith(column)
+    assert settings_to_paste(advice, now, "train", []).endswith("--teacher_kl_on failed --teacher_samples 4")
+    asked = ["--teacher_samples", "8"]
+    assert settings_to_paste(advice, now, "train", asked).startswith(
+        "trl-rlad train --teacher_samples 8 --teacher_kl_coef"
+    )
+    assert settings_to_paste(advice, now, "train", asked).count("samples") == 1
 
 
 SCRIPT = """
@@ -295,33 +344,33 @@ raise AssertionError("it has trained")
 """
 
 
+class Left(BaseException):
+    """The process would end here."""
+
+
 @pytest.fixture
-def probe(tmp_path, capsys):
+def probe(tmp_path, capsys, monkeypatch):
     """Run the command on a script. Returns what it has printed and its report."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
 
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(probe_run, "_leave", leave)
+
     def run(*arguments, options=()):
-        output, before = tmp_path / "reports" / "probe.json", (sys.argv, list(sys.path))
-        try:
-            main(
-                [
-                    "probe",
-                    "--prompts",
-                    "6",
-                    "--output",
-                    str(output),
-                    *options,
-                    str(script),
-                    *arguments,
-                    str(tmp_path / "out"),
-                ]
-            )
-        finally:
-            printed = capsys.readouterr().out
-            report = json.loads(output.read_text()) if output.exists() else {}
-        assert (sys.argv, sys.path) == before and RLADTrainer.stand_in is None
-        return printed, report
+        output, before = tmp_path / "reports" / "probe.json", (sys.argv, list(sys.path), Trainer.__init__)
+        command = ["probe", "--prompts", "6", "--output", str(output), *options, str(script), *arguments]
+        with pytest.raises((Left, SystemExit)) as ended:
+            main([*command, str(tmp_path / "out")])
+        captured = capsys.readouterr()
+        assert (sys.argv, sys.path, Trainer.__init__) == before and not (tmp_path / "out").exists()
+        report = json.loads(output.read_text()) if output.exists() else {}
+        run.err = captured.err
+        if ended.value.args[0] != 0:  # the sentence of a refusal
+            raise SystemExit(str(ended.value) if ended.type is SystemExit else captured.err)
+        return captured.out, report
 
     return run
 
@@ -348,6 +397,10 @@ def time_calls(monkeypatch, cls, name):
         (["nowhere.py"], "there is no script nowhere.py"),
         (["--output", "FOLDER", "SCRIPT"], "--output must be a file for JSON"),
         (["--output", "FOLDER/probe.png", "SCRIPT"], "--output must be a file for JSON"),
+        (["--output", "FOLDER/probe.html", "SCRIPT"], "--output must be a file for JSON"),
+        (["SCRIPT", "--alpha", "0.5", "--prompts", "64"], "belongs before the script: trl-rlad probe --prompts ..."),
+        (["SCRIPT", "--output=x"], "If SCRIPT has one of that name: trl-rlad probe SCRIPT -- --output=x"),
+        (["train", "--sample_teacher"], "trl-rlad probe --sample_teacher ... train."),
     ],
 )
 def test_what_the_command_itself_refuses(arguments, message, tmp_path, capsys):
@@ -355,7 +408,7 @@ def test_what_the_command_itself_refuses(arguments, message, tmp_path, capsys):
     script.write_text("raise AssertionError('it runs')")
     with pytest.raises(SystemExit):
         main(["probe", *(each.replace("SCRIPT", str(script)).replace("FOLDER", str(tmp_path)) for each in arguments)])
-    assert message in capsys.readouterr().err
+    assert message.replace("SCRIPT", str(script)) in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == [script]
 
 
@@ -372,9 +425,8 @@ def test_command(probe, student_path, teacher_path, tmp_path, monkeypatch):
     assert (figures["student"], figures["teacher"]) == (Path(student_path).name, Path(teacher_path).name)
     assert (figures["num_generations"], figures["max_completion_length"], figures["unknown_tokens"]) == (4, 8, [])
     assert (figures["prompts"], figures["completions"], figures["temperature"]) == (6, 24, 0.8)
-    assert (
-        "before 0.0" in printed and "discrimination" in printed and figures["advice"]["limits"].split()[0] in printed
-    )
+    assert "discrimination" in printed and figures["advice"]["limits"].split()[0] in printed
+    assert "before 0.0" in probe.err and "before" not in printed.split("\n")[0]  # the script's own to stderr
     rollouts = pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()
     assert (tmp_path / "reports" / "probe.png").stat().st_size > 5_000
     assert [r["group"] for r in rollouts] == sorted(4 * list(range(6))) and len({r["prompt"] for r in rollouts}) == 6
@@ -429,9 +481,7 @@ def test_the_command_reports_by_the_settings_of_the_script(probe, student_path, 
     assert not isnan(written["gap_eos"]["value"]) and isnan(figures_by(eos_token_ids=())["gap_eos"].expected["value"])
     # And the table has them in a row with their name
     gap = figures["gap"]
-    assert f"  gap {gap['value']:+.2f} {gap['low']:+.2f} to {gap['high']:+.2f}".split() in [
-        line.split()[:5] for line in printed.splitlines()
-    ]
+    assert f"gap {gap['value']:+.2f} too few (6) 6 mean".split() in [line.split() for line in printed.splitlines()]
 
 
 TAUGHT = """
@@ -492,8 +542,8 @@ def test_the_teacher_is_sampled_and_not_the_student(probe, taught, save_answers,
     options = ["--sample_teacher", "--prompts", "9"]  # more than there are
     printed, figures = probe(student, teacher, "1", options=options)
     assert figures["prompts"] == 6 and figures["mean@1"]["value"] == 0.0 and figures["all_failed"]["value"] == 1.0
-    assert (figures["teacher_accuracy"], figures["teacher_rescues"]) == (1.0, 1.0)
-    assert "100% succeed; it answers 100% of those" in " ".join(printed.split())
+    assert [figures[f"teacher_{name}"]["value"] for name in ("accuracy", "rescues")] == [1.0, 1.0]
+    assert "teacher_rescues 100% too few (6) 6 prompts that it answers" in " ".join(printed.split())
     # What is reported of the rollouts is still the student's
     assert {tuple(r["ids"]) for r in pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()} == {(12, EOS)}
 
@@ -504,16 +554,18 @@ def test_rescues_are_of_prompts_that_the_student_never_solves(probe, taught, sav
     # Half of the right completions are rewarded; the teacher solves 5 of 6 prompts, and 2 of 3 that the student
     # doesn't
     assert (figures["mean@1"]["value"], figures["pass@k"]["value"]) == (0.25, 0.5)
-    assert figures["teacher_accuracy"] == pytest.approx(5 / 12, abs=1e-4)
-    assert figures["teacher_rescues"] == pytest.approx(2 / 3, abs=1e-4)
-    assert "42% succeed; it answers 67% of those" in " ".join(printed.split())
+    assert figures["teacher_accuracy"]["value"] == pytest.approx(5 / 12, abs=1e-4)
+    assert figures["teacher_rescues"]["value"] == pytest.approx(2 / 3, abs=1e-4)
+    assert (figures["teacher_accuracy"]["groups"], figures["teacher_rescues"]["groups"]) == (6, 3)
 
 
 def test_nothing_to_rescue_is_not_a_number(probe, taught, save_answers, tmp_path):
     student, teacher = save_answers("student", range(6)), save_answers("teacher", [0, 1, 2])
     printed, figures = probe(student, teacher, "1", options=["--sample_teacher"])
-    assert figures["mean@1"]["value"] == 1.0 and figures["teacher_rescues"] is None
-    assert figures["teacher_accuracy"] == 0.5 and "50% succeed;" not in " ".join(printed.split())
+    assert figures["mean@1"]["value"] == 1.0
+    assert figures["teacher_rescues"] == {"value": None, "low": None, "high": None, "groups": 0}
+    assert figures["teacher_accuracy"]["value"] == 0.5
+    assert "teacher_rescues - too few (0) 0" in " ".join(printed.split())
 
 
 def test_the_same_few_prompts_of_a_data_set_for_student_and_teacher(probe, taught, save_answers, tmp_path):
@@ -524,7 +576,8 @@ def test_the_same_few_prompts_of_a_data_set_for_student_and_teacher(probe, taugh
     rollouts = pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()
     solved = {r["prompt"] in [f"w20 w{i}" for i in right] for r in rollouts}
     assert figures["prompts"] == 4 and solved == {True, False}
-    assert figures["teacher_accuracy"] == figures["mean@1"]["value"] and figures["teacher_rescues"] == 0.0
+    assert figures["teacher_accuracy"]["value"] == figures["mean@1"]["value"]
+    assert figures["teacher_rescues"]["value"] == 0.0
 
 
 def test_what_cannot_be_probed_is_refused(probe, make_trainer, tmp_path, student_path, teacher_path):
@@ -532,14 +585,106 @@ def test_what_cannot_be_probed_is_refused(probe, make_trainer, tmp_path, student
     with pytest.raises(SystemExit, match="Refused: There is no teacher to probe.*`alpha=0.5`"):
         probe(student_path, teacher_path, json.dumps(settings))
     (tmp_path / "train.py").write_text("print('no trainer')")
-    with pytest.raises(SystemExit, match="train.py came to its end without an `RLADTrainer`"):
+    with pytest.raises(SystemExit, match="train.py came to its end, and no trainer"):
         probe()
-    several, fast = Probe(make_trainer()), Probe(make_trainer())
+    several, fast, own = (Probe(make_trainer()) for _ in range(3))
     several.trainer.teacher_scorer.scorers["b"] = several.trainer.teacher_scorer.scorers[""]
     fast.trainer.use_vllm = True
-    for each, message in ((several, "a single teacher"), (fast, "doesn't go with `use_vllm`")):
+    own.trainer.teacher_scorer.scorers[""].teacher.is_frozen = False
+    cases = (several, "a single teacher"), (own, "not the student"), (fast, "doesn't go with `use_vllm`")
+    for each, message in cases:
         with pytest.raises(ValueError, match=message):
             each.sample_teacher(1)
+
+
+OTHERS = """
+import sys
+from pathlib import Path
+import tiny
+import transformers
+import trl
+
+kind, student, output_dir = sys.argv[1:]
+
+
+class OwnLoopTrainer(trl.GRPOTrainer):
+    def train(self):
+        raise AssertionError("it trains by a loop of its own")
+
+
+def make(trainer, config, data=tiny.make_dataset(), **options):
+    args = config(output_dir, use_cpu=True, bf16=False, report_to="none")
+    return trainer(
+        model=tiny.make_model(0),
+        args=args,
+        train_dataset=data,
+        processing_class=tiny.make_tokenizer(),
+        **options,
+    )
+
+
+text = tiny.make_dataset().rename_column("prompt", "text")
+trainer = {
+    "GRPO": lambda: make(trl.GRPOTrainer, trl.GRPOConfig, reward_funcs=tiny.reward),
+    "OwnLoop": lambda: make(OwnLoopTrainer, trl.GRPOConfig, reward_funcs=tiny.reward),
+    "Distillation": lambda: make(trl.DistillationTrainer, trl.DistillationConfig, teacher_model=tiny.make_model(1)),
+    "SFT": lambda: make(trl.SFTTrainer, trl.SFTConfig, text),
+    "": lambda: transformers.Trainer(tiny.make_model(0), train_dataset=text),  # whose folder is `trainer_output`
+}[kind]()
+assert not Path(output_dir).exists(), "it writes to the folder"
+trainer.train()
+raise AssertionError("it has trained")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("GRPO", "trains with `GRPOTrainer`, which has no teacher. Two lines to change, and probe again:"),
+        ("OwnLoop", "trains with `OwnLoopTrainer`, which has no teacher. Two lines"),
+        ("Distillation", "first to train in the script is `DistillationTrainer`.*docs/migrating.md has the lines"),
+        ("SFT", "first to train in the script is `SFTTrainer`, and `trl-rlad probe` probes an `RLADTrainer`"),
+        ("", "first to train in the script is `Trainer`"),
+    ],
+)
+def test_any_trainer_is_stopped_before_its_first_step(kind, says, probe, tmp_path, student_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(OTHERS)
+    with pytest.raises(SystemExit, match=f"Refused: the.*{says}"):
+        probe(kind, student_path)
+    assert "Traceback" not in probe.err and {path.name for path in tmp_path.iterdir()} == {"train.py", "reports"}
+
+
+def test_the_two_lines_to_change_make_a_script_that_can_be_probed(probe, tmp_path, student_path, teacher_path):
+    """The very lines that the refusal has."""
+    script = tmp_path / "train.py"
+    text = """
+import sys
+import tiny
+from trl import GRPOConfig, GRPOTrainer
+
+student, teacher, output_dir = sys.argv[1:]
+args = tiny.make_config(output_dir, GRPOConfig, per_device_eval_batch_size=4)
+trainer = GRPOTrainer(student, tiny.reward, args, tiny.make_dataset())
+trainer.train()
+"""
+    script.write_text(text)
+    with pytest.raises(SystemExit, match="Refused"):
+        probe(student_path, teacher_path)
+    _, imports, call, _ = (line.strip() for line in probe.err.split("Refused: ")[1].strip().split("\n"))
+    text = text.replace("from trl import GRPOConfig, GRPOTrainer", imports)
+    keyword = call.removeprefix("trainer = GRPOTrainer(..., ").replace('"NAME OR PATH OF THE TEACHER"', "teacher")
+    script.write_text(text.replace("tiny.make_dataset())", f"tiny.make_dataset(), {keyword}"))
+    assert probe(student_path, teacher_path)[1]["prompts"] == 6
+
+
+def test_what_goes_wrong_within_the_probe_ends_it_with_its_traceback(probe, student_path, teacher_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Probe, "run", fail)
+    with pytest.raises(SystemExit, match="RuntimeError: out of memory"):
+        probe(student_path, teacher_path)
 
 
 def test_a_token_that_the_teacher_has_no_say_on_is_recorded_without_its_figures(make_trainer):
@@ -556,7 +701,7 @@ def test_a_token_that_the_teacher_has_no_say_on_is_recorded_without_its_figures(
 
 
 FIGURES_TO_PRINT = {
-    **{name: Estimate(0.0, 0.0, 0.4) for rows in TABLE.values() for name in rows},
+    **{name: Estimate(0.0, 0.0, 0.4, 12) for rows in TABLE.values() for name in rows},
     "prompts": 3,
     "completions": 12,
     "tokens": 60,
@@ -565,28 +710,37 @@ FIGURES_TO_PRINT = {
     "student": "pupil",
     "teacher": "master",
     "success_reward": 0.5,
-    "teacher_accuracy": 0.25,
-    "teacher_rescues": 0.0,
+    "teacher_accuracy": Estimate(0.25, 0.1, 0.4, 12),
+    "teacher_rescues": Estimate(0.0, float("nan"), float("nan"), 1),
     "seconds": {"generation": 1.5, "scoring": 0.7},
     "device_memory_gib": {"generation": 3.0, "scoring": 9.0},
-    "advice": {"before": "b", "in the loss": "l", "settings": "s", "evidence": "e", "limits": "m"},
+    "advice": {"do": "d <b>", "sure": "s", "paste": "p " * 200, "then": "", "evidence": "e", "limits": "m"},
 }
 
 
 def test_what_is_printed(capsys):
     nan = float("nan")
-    print_report({**FIGURES_TO_PRINT, "gap_eos": Estimate(nan, nan, nan)})
-    printed = " ".join(capsys.readouterr().out.split())
+    print_report({**FIGURES_TO_PRINT, "gap_eos": Estimate(nan, nan, nan, 0)}, sys.stdout)
+    printed = capsys.readouterr().out
+    # However long it is, what is to be pasted is one line
+    assert [line.split()[:4] for line in printed.split("\n")[:3]] == [
+        ["What", "to", "do:", "d"],
+        ["How", "sure:", "s"],
+        ["Paste:", "p", "p", "p"],
+    ]
+    assert printed.split("\n")[2].count("p ") == 200
     for expected in (
+        "evidence: e limits: m",
         "12 completions of 3 prompts, 60 tokens; the teacher has scored all but 5. Student: pupil; teacher: master.",
-        "gap_first +0.00 +0.00 to +0.40 at the first token gap_eos - at the end of a completion",
-        "signal 0% 0% to 40% groups",
+        "gap_first +0.00 +0.00 to +0.40 12 at the first token gap_eos - too few (0) 0 at the end of a completion",
+        "signal 0% 0% to 40% 12 groups",
+        "teacher_accuracy 25% 10% to 40% 12 the",
+        "teacher_rescues 0% too few (1) 1 prompts",
         "Quantiles of the gap: 5%: -1.00, 95%: +2.00",
-        "25% succeed; it answers 0% of those",
         "0.7 s of scoring beside 1.5 s of generation; 9.0 GiB beside 3.0",
-        "before: b in the loss: l settings: s evidence: e limits: m",
     ):
-        assert expected in printed, expected
+        assert expected in " ".join(printed.split()), expected
+    assert "then:" not in printed
 
 
 def test_what_is_drawn(tmp_path, monkeypatch):
@@ -595,7 +749,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     figures, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", figures.append)
     rollouts = [rollout(0, 1.0, 1.0, [-1.0] * 3, [-1.0, -3.0, -19.0]), rollout(0, 0.4, -1.0, [-1.0], [-1.0])]
-    shares = {**FIGURES_TO_PRINT, "signal": Estimate(0.5, 0.3, 0.6), "top1": Estimate(*[float("nan")] * 3)}
+    shares = {**FIGURES_TO_PRINT, "signal": Estimate(0.5, 0.3, 0.6, 12), "top1": Estimate(*[float("nan")] * 3, 0)}
     write_picture(rollouts, shares, tmp_path / "picture.png")
     ((histogram, bars),) = ([*figure.axes] for figure in figures)
     tokens = {p.get_label(): p.get_xy()[:, 1].max() for p in histogram.patches if not p.get_label().startswith("_")}
@@ -609,11 +763,30 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     assert not pyplot.get_fignums() or close(figures[0]) is None
 
 
+def test_the_page_has_the_decision_the_picture_and_the_rollouts(tmp_path):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"the picture")
+    record = {**ROLLOUTS[0], "step": 0, "prompt": "say <i>", "tokens": ["a", "<b>"]}
+    page = render_page(FIGURES_TO_PRINT, picture, [record])
+    head, view = page.split("</table>")
+    assert "<b>d &lt;b&gt;</b>" in head and f"<pre>{'p ' * 200}</pre>" in head and "pupil, taught by master" in head
+    assert f'src="data:image/png;base64,{b64encode(b"the picture").decode()}"' in head
+    assert "<td>signal<td>0%<td>0% to 40%<td>12<td>groups" in head
+    assert "<td>teacher_rescues<td>0%<td>too few (1)<td>1<td>" in head
+    assert "say &lt;i&gt;" in view and "&lt;b&gt;" in view and "<i>" not in page and page.count("<!doctype") == 1
+    assert "http" not in page  # nothing is fetched
+
+
 def test_the_student_as_its_own_teacher(probe, student_path):
-    _, figures = probe(student_path, student_path)
+    printed, figures = probe(student_path, student_path)
     for name in ("discrimination", "prefers_rewarded", "prefers_punished"):
-        assert figures[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
-    assert abs(figures["gap"]["value"]) < 1e-5 and figures["advice"]["in the loss"] == "GRPO"
+        assert figures[name]["value"] == 0.5
+    assert abs(figures["gap"]["value"]) < 1e-5
+    assert printed.split("\n")[:3] == [
+        "What to do: GRPO, without this teacher",
+        "How sure:   certain: student and teacher are the same, to rounding",
+        "Paste:      alpha=1.0",
+    ]
 
 
 def test_a_served_teacher(probe, student_path):

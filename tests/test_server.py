@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from teacher_server import (
     FAULTS,
+    SGLangServer,
     TeacherServer,
     changed,
     corrupt,
@@ -66,7 +67,7 @@ def no_waiting(monkeypatch):
 def serve(teacher_path):
     """Start servers, of `teacher_path` unless told otherwise."""
     with ExitStack() as stack:
-        yield lambda path=teacher_path, **kwargs: stack.enter_context(TeacherServer(path, **kwargs))
+        yield lambda path=teacher_path, kind=TeacherServer, **kwargs: stack.enter_context(kind(path, **kwargs))
 
 
 def make_args(folder, urls, patience=20.0, **kwargs):
@@ -522,10 +523,13 @@ UNFIT = {
     "no key": (status(401, "Unauthorized"), "status 401.* environment variable `VLLM_API_KEY`"),
     "redirected": (status(301), "status 301"),
     "invalid": (status(500, "1 validation error for Request"), "status 500, '1 validation error"),
-    "llama.cpp": (json.dumps(LLAMA_CPP).encode(), "without `prompt_logprobs`. Only vLLM's .*llama.cpp's server can't"),
+    "llama.cpp": (
+        json.dumps(LLAMA_CPP).encode(),
+        "without `prompt_logprobs`. Only the servers of .*llama.cpp's server can't",
+    ),
     "transformers serve": (
         status(422, """{"detail":"Unexpected fields in the request: {'prompt_logprobs'}"}"""),
-        "status 422.* Only vLLM's .*`transformers serve` and",
+        "status 422.* Only the servers of .*`transformers serve` and",
     ),
     "too many": (
         status(400, "Requested prompt logprobs of 20, which is greater than max allowed: 5"),
@@ -722,9 +726,10 @@ def test_single_tokens_apart_are_the_same_model(serve, teacher_path, tmp_path, c
 # In training
 
 
+@pytest.mark.parametrize("kind", [TeacherServer, SGLangServer])
 @pytest.mark.parametrize("mode", MODES, ids=["trrd", "named"])
-def test_training_is_that_of_a_local_teacher(mode, serve, student_path, teacher_path, tmp_path):
-    server = serve()
+def test_training_is_that_of_a_local_teacher(mode, kind, serve, student_path, teacher_path, tmp_path):
+    server = serve(kind=kind)
     local = train(student_path, teacher_path, tiny.make_dataset(), tmp_path, **mode)
     args = {"teacher_server_urls": server.url, "on_teacher_failure": "grpo", **mode}
     served = train(student_path, None, tiny.make_dataset(), tmp_path, **args)
@@ -764,6 +769,32 @@ def test_the_teacher_scores_beside_the_rewards(serve, student_path, tmp_path):
     server.requests.clear()
     trainer.train()
     assert seen == [True, True] and not server.requests  # none was sent again
+
+
+def test_rows_that_wait_for_a_place_in_flight_are_counted(serve, student_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "IN_FLIGHT", 2)
+    server, answering, different = serve(), threading.Event(), []
+
+    def hold(handler, answer):
+        is_check(handler) or answering.wait(30)
+        right(handler, answer)
+
+    def answer_when_counted():
+        wait_until(lambda: scorer.queued_rows)
+        answering.set()
+
+    def reward(prompts, completion_ids, **kwargs):
+        different.append(len(set(zip(prompts, map(tuple, completion_ids), strict=True))))
+        wait_for(2, server)
+        threading.Thread(target=answer_when_counted).start()
+        return tiny.reward(completion_ids)
+
+    args = make_args(tmp_path, server.url, max_steps=1, per_device_train_batch_size=8)
+    trainer = RLADTrainer(student_path, reward, args, tiny.make_dataset())
+    scorer, server.fault = trainer.teacher_scorer.scorers[""], hold
+    server.requests.clear()
+    trainer.train()
+    assert trainer.state.log_history[0]["teacher/queued_rows"] == different[0] - 2 > 0
 
 
 def test_rows_without_advantage_are_called_back(serve, student_path, tmp_path):
@@ -967,3 +998,73 @@ def test_an_interpreter_may_end_while_requests_are_under_way(serve, teacher_path
     for end in ends:
         end()
     assert future.cancelled() and not thread.is_alive()
+
+
+def test_sglang_scores_on_a_ragged_batch(serve, teacher_path, tmp_path):
+    server = serve(kind=SGLangServer)
+    assert_right(make_scorer(tmp_path, server), teacher_path)
+    assert len(server.requests) == 7 and {request["top_logprobs_num"] for request in server.requests} == {0}
+    assert server.keys == {"Bearer open-sesame"}
+
+
+def scores_of(change):
+    """A fault of SGLang: something is done to what it says of the tokens."""
+
+    def fault(handler, answer):
+        if "meta_info" in answer:
+            change(answer["meta_info"])
+        right(handler, answer)
+
+    return fault
+
+
+SGLANG_FAULTS = {
+    "nan": scores_of(lambda scores: scores["input_token_logprobs"].__setitem__(-1, [float("nan"), 5, None])),
+    "none": scores_of(lambda scores: scores["input_token_logprobs"][-1].__setitem__(0, None)),
+    "another token": scores_of(lambda scores: scores["input_token_logprobs"][-1].__setitem__(1, 39)),
+    "too few": scores_of(lambda scores: scores["input_token_logprobs"].pop()),
+    "a token later": scores_of(lambda scores: scores["input_token_logprobs"].pop(0)),
+    "no scores": lambda handler, answer: handler.reply(200, b'{"text": "", "meta_info": {}}'),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SGLANG_FAULTS))
+def test_what_passes_at_sglang_is_asked_again_and_what_does_not_ends_training(name, serve, teacher_path, tmp_path):
+    server = serve(kind=SGLangServer)
+    scorer = make_scorer(tmp_path, server)
+    server.faults = [SGLANG_FAULTS[name]] * 2
+    assert_right(scorer, teacher_path)
+    scorer = make_scorer(tmp_path / "for ever", server, patience=1.0)
+    server.fault = SGLANG_FAULTS[name]
+    batch = make_batch()
+    with pytest.raises(ServerError, match="gave no answer that can be used"):
+        scorer.score(batch, batch["completion_mask"])
+
+
+def test_too_few_or_wrong_names_of_sglang_are_no_distribution(serve, tmp_path):
+    server = serve(kind=SGLangServer)
+    server.fault = scores_of(lambda scores: scores.pop("input_top_logprobs", None))
+    with pytest.raises(ServerError, match="1 tokens are named in the place of one, and not 20"):
+        make_scorer(tmp_path, server, patience=1.0)
+    server.fault, server.to_scores = right, lambda logits: logits.log_softmax(-1) - 0.5
+    with pytest.raises(ValueError, match="they don't sum to 1"):
+        make_scorer(tmp_path, server)
+
+
+def test_another_model_behind_sglang_ends_training(serve, student_path, tmp_path):
+    server, other = serve(kind=SGLangServer), AutoModelForCausalLM.from_pretrained(student_path)
+    scorer, batch = make_scorer(tmp_path, server), make_batch()
+    scorer.score(batch, batch["completion_mask"])
+    server.model = other
+    time.sleep(client.IDLE + 0.1)
+    with pytest.raises(ValueError, match="nats apart from before"):
+        scorer.score(batch, batch["completion_mask"])
+
+
+def test_what_sglang_cannot_be_asked_is_refused(serve, tmp_path):
+    ours, theirs = serve(kind=SGLangServer), serve()
+    with pytest.raises(ValueError, match="some are SGLang's. URLs in a list are of one kind"):
+        make_scorer(tmp_path, ours, theirs)
+    ours.cards.insert(0, {**ours.cards[0], "id": "adapter", "parent": "teacher"})
+    with pytest.raises(ValueError, match="adapter is an adapter, which only vLLM can serve as a teacher: merge it"):
+        make_scorer(tmp_path, ours)

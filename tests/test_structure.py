@@ -21,6 +21,7 @@ ROOMS = (
     "rollouts",
     "teachers",
     "scoring",
+    "rollout_log",
     "checkpoints",
     "model_card",
     "teacher_guide",

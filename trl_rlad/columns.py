@@ -12,6 +12,11 @@ from trl.data_utils import is_conversational
 
 NAMES = ("teacher_id", "teacher_prompt", "teacher_weight")
 IN_BATCH = " of a generation batch"
+NO_PROMPTS = (
+    '`teacher_model="self"` is the student, and knows no more unless the dataset\'s column `teacher_prompt` tells it, '
+    "which is missing or empty. Add the column, such as `dataset.map(lambda row: {'teacher_prompt': "
+    "f\"{row['prompt']} Solution: {row['solution']}\"})`, or name another teacher."
+)
 
 
 def read_weights(values: Iterable[float | None], where: str = "") -> torch.Tensor:

@@ -68,6 +68,7 @@ RULES = (
     # Any text would count as true
     Rule("teacher_credit", lambda value: isinstance(value, bool), "be True or False"),
     Rule("trim_padding", lambda value: isinstance(value, bool), "be True or False"),
+    Rule("log_rollouts", lambda value: isinstance(value, bool), "be True or False"),
     Rule("teacher_model_init_kwargs", _optional(lambda value: isinstance(value, dict)), JSON),
     Rule("alpha", lambda value: 0.0 <= value <= 1.0, "be in [0, 1] (1: GRPO, 0: the teacher alone)"),
     Rule("teacher_log_ratio_clip", _optional(lambda value: value > 0.0), "be positive", BOUND),
@@ -173,7 +174,7 @@ class RLADConfig(GRPOConfig):
             A process that is stuck is then named, and training ends. Servers are given half of it, to be ready at the
             start, to be started again and to answer.
         teacher_server_urls (`str`, `list[str]` or `dict[str, str | list[str]]`, *optional*):
-            Address of a vLLM server behind which the teacher is, or of several that serve the same teacher; of several
+            Address of a vLLM or SGLang server that has the teacher, or of several that have the same; of several
             teachers, by the names that rows have in the dataset's column `teacher_id`. No `teacher_model` is needed
             then, unless the tokenizer is elsewhere. The environment variable `VLLM_API_KEY` is sent as the key.
         on_teacher_failure (`str`, *optional*, defaults to `"raise"`):
@@ -187,6 +188,13 @@ class RLADConfig(GRPOConfig):
             Whether the student runs without the padding of the generation batch: within an optimizer step, rows of
             similar lengths share a micro-batch, which is cut to the widest of them. It changes a step by rounding
             only. `False` is TRL's way, bit for bit.
+
+        > What is written down
+
+        log_rollouts (`bool`, *optional*, defaults to `True`):
+            Whether a run with a teacher, or with `log_completions`, writes to `rollouts/` in `output_dir` what student
+            and teacher make of each token of a few groups, for `trl-rlad view`: with each log, in at most 100 files of
+            less than 1 MB.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], as in the paper:
@@ -230,6 +238,9 @@ class RLADConfig(GRPOConfig):
 
     # The student's passes
     trim_padding: bool = True
+
+    # What is written down
+    log_rollouts: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -282,8 +293,8 @@ class RLADConfig(GRPOConfig):
         if self.temperature != 1.0:
             raise ValueError(
                 f"With `temperature={self.temperature}` a teacher behind one of `teacher_server_urls` would be wrong, "
-                "as vLLM returns the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, or load "
-                "the teacher here, as `teacher_model`."
+                "as vLLM and SGLang return the log-probabilities of a prompt at temperature 1. Set `temperature=1.0`, "
+                "or load the teacher here, as `teacher_model`."
             )
 
     def _check_together(self):

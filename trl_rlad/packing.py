@@ -7,20 +7,25 @@ from itertools import accumulate
 from math import ceil
 
 
-def sharing_pays(prompt_length: int, completion_lengths: Sequence[int]) -> bool:
+START = 16  # starting a micro-batch costs as much as this part of its budget
+
+
+def sharing_pays(prompt_length: int, completion_lengths: Sequence[int], budget: int = 0) -> bool:
     """
     Whether completions of one prompt are cheaper on its key-value cache than each with a copy of the prompt.
 
     On the cache the prompt runs once, but the completions are padded to the longest of them, and a micro-batch holds
-    no other group. So it has to save a third of the tokens.
+    no other group, however far it is from its `budget` of tokens. So it has to save a third of the cost. The `budget`
+    of a micro-batch that is started in any case is 0.
     """
     apart = sum(prompt_length + length for length in completion_lengths)
     on_cache = prompt_length + len(completion_lengths) * max(completion_lengths)
-    return len(completion_lengths) > 1 and 3 * on_cache <= 2 * apart
+    costs = on_cache + max(on_cache, budget) / START, apart + apart / START
+    return len(completion_lengths) > 1 and 3 * costs[0] <= 2 * costs[1]
 
 
 def group_rows(
-    prompts: Sequence[Hashable], prompt_lengths: Sequence[int], completion_lengths: Sequence[int]
+    prompts: Sequence[Hashable], prompt_lengths: Sequence[int], completion_lengths: Sequence[int], budget: int
 ) -> list[list[int]]:
     """
     Rows that are scored together: those of one prompt where sharing it pays, all others by themselves.
@@ -30,6 +35,8 @@ def group_rows(
             What tells the prompts apart.
         prompt_lengths (`Sequence[int]`), completion_lengths (`Sequence[int]`):
             Token counts of each row.
+        budget (`int`):
+            Tokens of a micro-batch.
 
     Returns:
         `list[list[int]]`: every row, once.
@@ -39,7 +46,7 @@ def group_rows(
         by_prompt.setdefault(prompt, []).append(row)
     groups = []
     for rows in by_prompt.values():
-        if sharing_pays(prompt_lengths[rows[0]], [completion_lengths[row] for row in rows]):
+        if sharing_pays(prompt_lengths[rows[0]], [completion_lengths[row] for row in rows], budget):
             groups.append(rows)
         else:
             groups.extend([row] for row in rows)
@@ -97,16 +104,12 @@ def deal(costs: Sequence[int], homes: Sequence[int] | None, loads: Sequence[int]
     return hands
 
 
-def slice_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Runs of rows of at most `size` tokens in all. One that is longer goes by itself."""
-    slices: list[list[int]] = []
-    tokens = size
-    for row, length in enumerate(lengths):
-        tokens += length
-        if tokens > size:
-            slices.append([])
-            tokens = length
-        slices[-1].append(row)
+def slice_rows(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """A number of runs of rows of about the same tokens each: it differs by a row at most."""
+    slices: list[list[int]] = [[] for _ in range(number)]
+    total = sum(lengths)
+    for row, end in enumerate(accumulate(lengths)):
+        slices[(end - 1) * number // total].append(row)
     return slices
 
 
@@ -114,40 +117,42 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     Cut items into micro-batches of at most `budget` tokens, padding counted. One that is longer goes by itself.
 
-    Of all ways to cut the items, sorted by length, it is the one with the fewest tokens, where each micro-batch counts
-    as a sixteenth of the budget more: what starting it costs.
+    Of all ways to cut the items, sorted by length, it is the one with the fewest tokens, with what starting each
+    micro-batch costs.
 
     Returns:
         `list[list[int]]`: indices, the longest first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    costs, starts = [0.0], [0]  # of the best cut of the first items, and where its last micro-batch starts
-
-    def overtakes(first, second):
-        """The first end from which on a micro-batch is better started at `second`: once it is, it stays so."""
-        longer, shorter = lengths[order[first]], lengths[order[second]]
-        full = first + max(1, budget // longer) + 1  # the first end that `first` doesn't reach
-        behind = costs[second] - second * shorter - costs[first] + first * longer
-        if longer == shorter:
-            return second + 1 if behind < 0 else full
-        return min(full, max(second + 1, int(behind // (longer - shorter)) + 1))
-
-    candidates: deque[int] = deque()  # starts, each the best one from some end on
-    for end in range(1, len(order) + 1):
-        start = end - 1
-        while len(candidates) > 1 and overtakes(candidates[-1], start) <= overtakes(candidates[-2], candidates[-1]):
+    cost, starts = 0.0, []  # of the best cut of the items so far, and for each end where its last micro-batch starts
+    # Starts that are the best from some end on: this end, the start, its length, the cost if it reached back to item 0
+    candidates: deque[tuple[int, int, int, float]] = deque()
+    for start, item in enumerate(order):
+        length = lengths[item]
+        since, from_0 = start + 1, cost - start * length
+        while candidates:
+            best_since, other, longer, other_from_0 = candidates[-1]
+            since = other + max(1, budget // longer) + 1  # the first end that `other` doesn't reach
+            behind = from_0 - other_from_0
+            if longer > length:
+                since = min(since, max(start + 1, int(behind // (longer - length)) + 1))
+            elif behind < 0:
+                since = start + 1
+            if since > best_since:
+                break
             candidates.pop()
-        candidates.append(start)
-        while len(candidates) > 1 and overtakes(candidates[0], candidates[1]) <= end:
+        candidates.append((since, start, length, from_0))
+        end = start + 1
+        while len(candidates) > 1 and candidates[1][0] <= end:
             candidates.popleft()
-        best = candidates[0]
+        _, best, longest, from_0 = candidates[0]
         starts.append(best)
-        costs.append(costs[best] + (end - best) * lengths[order[best]] + budget / 16)
+        cost = from_0 + end * longest + budget / START
     batches: list[list[int]] = []
     end = len(order)
     while end:
-        batches.append(order[starts[end] : end])
-        end = starts[end]
+        batches.append(order[starts[end - 1] : end])
+        end = starts[end - 1]
     return batches[::-1]
 
 

@@ -10,13 +10,13 @@ from accelerate.utils import is_peft_model
 from ._trl.loss_call import loss_is_patched
 from ._trl.names import CLIPPED_LOSS_TYPES, loss_mask
 from ._trl.seam import Guide, Rollouts
-from .columns import IN_BATCH, check_prompts, read_weights
+from .columns import IN_BATCH, NO_PROMPTS, check_prompts, read_weights
 from .evaluation import pass_at_k
 from .lm_head import LMHead
 from .objective.clipping import Clipping
 from .objective.guidance import Guidance, Scores, guide, kl_mask, two_dimensional
 from .objective.schedule import Terms
-from .rollouts import RolloutLog
+from .rollout_log import RolloutLog
 from .scoring import TeacherScorer
 
 
@@ -70,8 +70,7 @@ class TeacherGuide(Guide):
         if not trainer.model.training:
             self._log_pass_at_k(rewards_per_func)
         if self.rollout_log is not None:
-            rewards = trainer.of_this_process(trainer.total_reward(rewards_per_func))
-            batch = self.rollout_log.choose(batch, rewards)
+            batch = self.rollout_log.number(batch, trainer.total_reward(rewards_per_func))
         if self.scorer is None:
             return batch
         if not terms.asks_teacher:
@@ -129,7 +128,7 @@ class TeacherGuide(Guide):
             trainer.log_value("teacher/kl_coef", terms.kl_coef)
         trainer.log_means(guidance.tokens | self._of_each_teacher(guidance.tokens, batch))
         if self.rollout_log is not None:
-            self.rollout_log.record(per_token_logps, guidance.causes, batch)
+            self.rollout_log.record(per_token_logps, guidance, batch)
         return guidance
 
     @staticmethod
@@ -157,8 +156,11 @@ class TeacherGuide(Guide):
 
     def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
         """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
+        assert self.scorer is not None
         given = [row.get("teacher_prompt") for row in rows]
         check_prompts(given, IN_BATCH)
+        if not all(teacher.is_frozen or "teacher_prompt" in rows[0] for teacher in self.scorer.teachers.values()):
+            raise ValueError(NO_PROMPTS)  # a stream is only known now
         if not any(given):
             return None
         # TRL tokenizes one prompt for each row
@@ -200,9 +202,13 @@ class TeacherGuide(Guide):
     def _log_scoring(self, scores):
         trainer = self.trainer
         trainer.log_value("teacher/scoring_time", self.scorer.seconds)
-        if trainer.args.on_teacher_failure == "grpo":
-            failed = torch.tensor(self.scorer.failed_rows, device=scores["teacher_mask"].device)
-            trainer.log_value("teacher/failed_rows", trainer.accelerator.reduce(failed).item())
+        if trainer.args.teacher_servers:
+            counts = self.scorer.queued_rows, self.scorer.failed_rows
+            counts = torch.tensor(counts, device=trainer.accelerator.device)
+            queued, failed = trainer.accelerator.reduce(counts).tolist()
+            trainer.log_value("teacher/queued_rows", queued)
+            if trainer.args.on_teacher_failure == "grpo":
+                trainer.log_value("teacher/failed_rows", failed)
         if "teacher_index" in scores:
             for name, scorer in self.scorer.scorers.items():
                 trainer.log_value(f"teacher/{name}/scoring_time", scorer.seconds)

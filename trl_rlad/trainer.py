@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
-from .checkpoints import RunRecord, describe_settings
-from .columns import NAMES, check_prompts, number_teachers, read_weights
+from .checkpoints import RunRecord, describe_settings, last_checkpoint
+from .columns import NAMES, NO_PROMPTS, check_prompts, number_teachers, read_weights
 from .config import RLADConfig
 from .model_card import write_model_card
-from .rollouts import RolloutLog
-from .runs import last_checkpoint
+from .rollout_log import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide
@@ -64,8 +63,9 @@ class RLADTrainer(GuidedGRPOTrainer):
             All other arguments of [`~trl.GRPOTrainer`], in its order.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict` of these by name, *optional*):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
-            the base model of a student that trains an adapter. It must give the student's token ids the student's
-            meaning. Of several teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
+            the base model of a student that trains an adapter, or `"self"`, the student as it is, which reads the
+            dataset's column `teacher_prompt`. It must give the student's token ids the student's meaning. Of several
+            teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
             Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and
             may be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
 
@@ -93,8 +93,6 @@ class RLADTrainer(GuidedGRPOTrainer):
     }
 
     own_columns = NAMES
-    # What `trl-rlad probe` puts in the place of training and evaluation
-    stand_in: Any = None
 
     def __init__(
         self,
@@ -115,7 +113,8 @@ class RLADTrainer(GuidedGRPOTrainer):
 
         self._check_data(teachers)
         self.teacher_scorer: Any = self._create_scorer(teachers) if teachers else None
-        self.rollout_log = RolloutLog(self) if args.log_completions else None
+        keeps_rollouts = args.log_rollouts and (teachers or args.log_completions)
+        self.rollout_log = RolloutLog(self) if keeps_rollouts else None
         self.run_record = RunRecord(args, self.teacher_scorer.teachers if self.teacher_scorer else {})
         for callback in filter(None, (self.teacher_scorer, self.rollout_log, self.run_record)):
             self.add_callback(callback)
@@ -124,18 +123,11 @@ class RLADTrainer(GuidedGRPOTrainer):
             check_writable(str(args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if self.stand_in is not None:
-            return self.stand_in.train(self)
         if resume_from_checkpoint is True:  # with none at all, transformers says so
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
         if resume_from_checkpoint is not True and resume_from_checkpoint:
             self.run_record.compare(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        if self.stand_in is not None:
-            return self.stand_in.evaluate(self)
-        return super().evaluate(*args, **kwargs)
 
     def _check_data(self, teachers):
         """Refuses datasets with a column of ours that can't be read. Streams are checked as they come."""
@@ -147,12 +139,17 @@ class RLADTrainer(GuidedGRPOTrainer):
                     "A row with a `teacher_prompt` has its teacher read that as it stands: nothing of what a "
                     "`rollout_func` or the `reset` of an environment has made of the prompt is added."
                 )
+            if columns and "teacher_prompt" not in columns and "self" in teachers.values():
+                raise ValueError(NO_PROMPTS)
             if not isinstance(dataset, Dataset):
                 continue
             if "teacher_weight" in columns:
                 read_weights(dataset["teacher_weight"])
             if "teacher_prompt" in columns:
-                check_prompts(dataset.select_columns("teacher_prompt")[:PROMPTS_TO_MEASURE]["teacher_prompt"])
+                prompts = dataset.select_columns("teacher_prompt")[:PROMPTS_TO_MEASURE]["teacher_prompt"]
+                check_prompts(prompts)
+                if "self" in teachers.values() and not any(prompts):
+                    raise ValueError(NO_PROMPTS)
             if "teacher_id" in columns and "" in teachers:
                 logger.warning(
                     "The dataset's column `teacher_id` isn't read, as there is one teacher. For several, pass "
@@ -190,7 +187,9 @@ class RLADTrainer(GuidedGRPOTrainer):
 
     def _create_row_scorer(self, teacher_model, urls, bases) -> RowScorer:
         args, tokenizer = self.args, self.tokenizer
-        teacher = create_teacher(teacher_model, args, self.accelerator, lambda: self.model, tokenizer, urls, bases)
+        # The model that `sync_ref_model` has follow the student is what "self" lags behind as, where there is one
+        student = (lambda: self.ref_model) if args.sync_ref_model else (lambda: self.model)
+        teacher = create_teacher(teacher_model, args, self.accelerator, student, tokenizer, urls, bases)
         processor: Any = self.processing_class if self.is_vision_language_model else None
         contract = TokenContract.between(tokenizer, teacher, self.eos_token_ids, processor)
         for dataset in self._datasets():
@@ -267,7 +266,8 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
     if any(_share_weights(model, each) for each in teachers.values()):
         raise ValueError(
             "`teacher_model` shares its weights with the model that is trained, so it would move with the student. "
-            'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base".'
+            'Pass its name or path, or a copy of it; for the base of a student with an adapter, pass "base"; for one '
+            'that teaches itself what its `teacher_prompt` says, "self".'
         )
     return teachers
 

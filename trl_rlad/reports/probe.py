@@ -1,6 +1,5 @@
 """What rollouts that a teacher has read tell of it, before any training: pure functions of records."""
 
-import json
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -9,27 +8,26 @@ from typing import NamedTuple
 import numpy as np
 
 from ..evaluation import pass_at_k
-from ..runs import log_ratios
+from ..rollouts import log_ratios
 
 
 STUDY = Path(__file__).with_name("study.json")
-LIMITS = (
-    "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe tells "
-    "what the teacher could teach, not whether the student can learn it."
-)
 ALPHAS = (0.3, 0.5, 0.7)
 QUANTILES = (5, 25, 50, 75, 95)
 SURE, UNLIKELY = 0.9, 0.1  # probabilities: the student's of its token, and the teacher's where the two contradict
 TIE = 1e-4  # nats: less is rounding
 SAME = 0.01  # nats a token
+FEW = 8  # groups: the bootstrap of fewer says nothing of those that weren't drawn
 
 
 class Estimate(NamedTuple):
-    """A share or mean with its 95% interval by the bootstrap over prompts; NaN where there is nothing to count."""
+    """A share or mean, its 95% interval by the bootstrap over prompts, and the number of `groups` that it was counted
+    in. The interval is NaN below `FEW` groups, and the value where there is nothing to count."""
 
     value: float
     low: float
     high: float
+    groups: int
 
 
 def report(
@@ -46,10 +44,10 @@ def report(
 
     Args:
         rollouts (`list[dict]`):
-            A record for each completion, see [`~trl_rlad.rollouts.describe_rollouts`]: `group` (number of its prompt),
-            `reward` (`None` where none can judge: neither a success nor a failure), `advantage`, `ids`, `logps` and
-            `teacher_logps` (in nats at each token, `None` where the teacher has no say), and if known `top1` (whether
-            the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
+            A record for each completion, see [`~trl_rlad.rollout_log.describe_rollouts`]: `group` (number of its
+            prompt), `reward` (`None` where none can judge: neither a success nor a failure), `advantage`, `ids`,
+            `logps` and `teacher_logps` (in nats at each token, `None` where the teacher has no say), and if known
+            `top1` (whether the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward is higher.
         clip (`float`, *optional*, defaults to `1.0`):
@@ -88,23 +86,31 @@ def report(
         _sum_group(group, success_reward, clip, epsilon_low, epsilon_high, set(eos_token_ids))
         for group in groups.values()
     ]
-    names = list(sums[0])
-    totals = np.array([[group[name] for name in names] for group in sums])  # (groups, figures, 2)
-    draws = np.random.default_rng(0).integers(len(totals), size=(resamples, len(totals)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = np.divide(*totals.sum(0).T)
-        drawn = np.divide(*np.moveaxis(totals[draws].sum(1), -1, 0))
-    low, high = ([np.nanquantile(c, q) if np.isfinite(c).any() else np.nan for c in drawn.T] for q in (0.025, 0.975))
-    figures = {name: Estimate(*map(float, row)) for name, *row in zip(names, value, low, high, strict=True)}
+    figures = estimate(sums, resamples)
     gaps = [x for rollout in rollouts for x in log_ratios(rollout) if x is not None]
     tokens = sum(len(rollout["ids"]) for rollout in rollouts)
-    return figures | {
+    return {
+        **figures,
         "prompts": len(groups),
         "completions": len(rollouts),
         "tokens": tokens,
         "tokens_without_say": tokens - len(gaps),
         "gap_quantiles": {q: float(np.percentile(gaps, q)) for q in QUANTILES} if gaps else {},
     }
+
+
+def estimate(sums: list[dict[str, tuple[float, float]]], resamples: int = 1000) -> dict[str, Estimate]:
+    """An [`Estimate`] of each figure from its sum and count in each group: whole groups are drawn again."""
+    totals = np.array([list(group.values()) for group in sums])  # (groups, figures, 2)
+    draws = np.random.default_rng(0).integers(len(totals), size=(resamples, len(totals)))
+    counts = (totals[..., 1] > 0).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.divide(*totals.sum(0).T)
+        drawn = np.divide(*np.moveaxis(totals[draws].sum(1), -1, 0))
+    drawn[:, counts < FEW] = np.nan
+    low, high = ([np.nanquantile(c, q) if np.isfinite(c).any() else np.nan for c in drawn.T] for q in (0.025, 0.975))
+    rows = zip(sums[0], values.tolist(), map(float, low), map(float, high), counts.tolist(), strict=True)
+    return {name: Estimate(*row) for name, *row in rows}
 
 
 def _sum_group(
@@ -181,70 +187,3 @@ def _mean(logps):
 
 def _contradicts(logp, teacher_logp):
     return teacher_logp is not None and logp > np.log(SURE) and teacher_logp < np.log(UNLIKELY)
-
-
-def _gain(gain):
-    return f"{gain['points']:.1f} ± {gain['plus_minus']:.1f}"
-
-
-def _range(bounds, factor=1):
-    return " to ".join(f"{factor * bound:.0f}" for bound in bounds)
-
-
-def recommend(figures: dict) -> dict[str, str]:
-    """
-    Say what to try, by a rule read off the project's own study (`benchmarks/probe_study.py`, whose figures it quotes).
-
-    1. A teacher that is the student, to rounding, has nothing to say.
-    2. If it answers one in four of the prompts on which the student fails throughout, imitate its right answers
-       offline before.
-    3. If it contradicts what the student is sure of in three of four failures, the student is sure and wrong: have the
-       teacher name, in the loss, what it would have said. Elsewhere, or if none of its own answers is right, GRPO.
-    4. If it contradicts more than 1 in 20 successes too, or is itself right less than 9 times in 10, it is to be
-       believed only where it is right, by the column `teacher_weight`.
-
-    Args:
-        figures (`dict`):
-            What [`report`] returned and, if the teacher was sampled, `teacher_accuracy` and `teacher_rescues`.
-
-    Returns:
-        `dict[str, str]`: what to do `before` and `in the loss`, the `settings` of the latter, `evidence` and `limits`.
-    """
-    accuracy, rescues = figures.get("teacher_accuracy"), figures.get("teacher_rescues")
-    study = json.loads(STUDY.read_text())
-    naming, flawed, offline = (study[n] for n in ("naming", "naming_by_a_flawed_teacher", "offline_distillation"))
-    advice = {"before": "nothing", "in the loss": "GRPO", "settings": study["settings"]["grpo"]}
-    if abs(figures["gap"].value) < SAME and figures["beyond_clip"].value == 0.0:
-        evidence = ["Student and teacher are the same, to rounding."]
-    else:
-        failed, succeeded = (figures[f"contradicted_{name}"].value for name in ("failed", "succeeded"))
-        evidence = [
-            f"The teacher contradicts what the student is sure of in {failed:.0%} of the failures. In the study, "
-            f"naming gained {_gain(naming['gain'])} points over GRPO where that was "
-            f"{naming['contradicted_failed']:.0%}, and nothing at "
-            f"{_range(study['naming_without_gain']['contradicted_failed'], 100)}%."
-        ]
-        names = failed >= 3 / 4 and accuracy != 0.0
-        if names:
-            advice["in the loss"] = "the teacher names where the student failed"
-            advice["settings"] = study["settings"]["rlad_named"]
-        if succeeded > 1 / 20 or (accuracy is not None and accuracy < 9 / 10):
-            evidence.append(
-                f"It contradicts {succeeded:.0%} of the successes too"
-                + ("" if accuracy is None else f", and {accuracy:.0%} of its own answers are right")
-                + f". Such a teacher, naming everywhere, cost {_range(flawed['cost'])} points; with teacher_weight "
-                + f"at most {_gain(flawed['largest_cost_with_teacher_weight'])}."
-            )
-            if names:
-                advice["in the loss"] += ", and is believed where it is right"
-                advice["settings"] += ", and a column teacher_weight (trl-rlad train --teacher_samples 4)"
-    if rescues is None:
-        advice["before"] = "unknown: ask with --sample_teacher"
-    elif rescues >= 1 / 4:
-        advice["before"] = "offline distillation of its right answers (trl-rlad distil); then probe again"
-        evidence.append(
-            f"It answers {rescues:.0%} of the prompts on which the student fails throughout. Offline distillation was "
-            f"best in {offline['best_in']} of {offline['settings']} settings of the study, by "
-            f"{_range(offline['gain'])} points over GRPO, and better alone than with half of its steps given to RLAD."
-        )
-    return advice | {"evidence": " ".join(evidence), "limits": LIMITS}

@@ -1,9 +1,14 @@
-"""The report of a probe as a table and as a picture."""
+"""The report of a probe as text, as a picture and as a page."""
 
+import re
+from base64 import b64encode
+from html import escape
 from pathlib import Path
+from typing import TextIO
 
-from ..runs import log_ratios
-from .probe import ALPHAS
+from ..rollouts import log_ratios
+from .probe import ALPHAS, FEW
+from .view import render
 
 
 END = 6.0  # nats, of the picture
@@ -31,7 +36,7 @@ def write_picture(rollouts: list[dict], figures: dict, path: Path):
     axes[0].legend(frameon=False, fontsize=8)
     names = [name for name in SHARES if figures[name].value >= 0][::-1]
     for place, name in enumerate(names):
-        value, low, high = figures[name]
+        value, low, high, _ = figures[name]
         axes[1].errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3)
     axes[1].axvline(0.5, color="gray", linewidth=0.8, linestyle=":")
     axes[1].set(xlim=(-0.03, 1.03), yticks=range(len(names)), yticklabels=names)
@@ -76,40 +81,85 @@ TABLE = {
 }
 
 
-def print_report(figures: dict):
-    """Print the figures as a table, and the advice."""
-    from rich.console import Console
-    from rich.table import Table
+# What the three first lines say, by the names of an advice
+DECISION = {"do": "What to do:", "sure": "How sure:  ", "paste": "Paste:     "}
+COLUMNS = ("", "", "95%", "groups", "")
 
-    console = Console()
-    console.print(
-        f"{figures['completions']} completions of {figures['prompts']} prompts, {figures['tokens']} tokens; the "
-        f"teacher has scored all but {figures['tokens_without_say']}. Student: {figures['student']}; teacher: "
-        f"{figures['teacher']}.",
-        highlight=False,
-        markup=False,
-    )
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "", "95%", ""):
-        table.add_column(column, justify="right" if column == "95%" else "left")
-    for title, rows in TABLE.items():
-        table.add_row(f"[bold]{title}", "", "", "")
-        for name, (form, meaning) in rows.items():
-            value, low, high = figures[name]
-            cells = ("-", "") if value != value else (form.format(value), f"{form.format(low)} to {form.format(high)}")
-            table.add_row(f"  {name}", *cells, meaning)
-    console.print(table)
-    quantiles = ", ".join(f"{q}%: {value:+z.2f}" for q, value in figures["gap_quantiles"].items())
-    console.print(f"Quantiles of the gap: {quantiles}", highlight=False)
-    if "teacher_accuracy" in figures:
-        text = f"The teacher's own completions of these prompts: {figures['teacher_accuracy']:.0%} succeed"
-        if figures["teacher_rescues"] >= 0.0:  # not NaN
-            text += f"; it answers {figures['teacher_rescues']:.0%} of those on which the student fails throughout"
-        console.print(text, highlight=False)
+
+def decide(figures: dict) -> list[str]:
+    """The three first lines. YAML to paste goes on in more."""
+    return [f"{title} {figures['advice'][name]}" for name, title in DECISION.items()]
+
+
+def _rows(figures: dict):
+    """The table: a title alone, or name, value, interval, number of groups, and meaning."""
+    answers = {
+        "teacher_accuracy": (SHARE, "the teacher's own answers that succeed"),
+        "teacher_rescues": (SHARE, "prompts that it answers, of those on which the student fails throughout"),
+    }
+    for title, rows in {**TABLE, "the teacher's own answers": answers}.items():
+        known = {name: row for name, row in rows.items() if name in figures}
+        if known:
+            yield (title,)
+        for name, (form, meaning) in known.items():
+            value, low, high, groups = figures[name]
+            interval = f"too few ({groups})" if groups < FEW else f"{form.format(low)} to {form.format(high)}"
+            yield name, form.format(value) if groups else "-", interval, str(groups), meaning
+
+
+def _facts(figures: dict) -> list[str]:
+    """What the table doesn't have, a line each."""
     seconds, memory = figures["seconds"], figures["device_memory_gib"]
     costs = f"{seconds['scoring']:.1f} s of scoring beside {seconds['generation']:.1f} s of generation"
     if memory:
         costs += f"; {memory['scoring']:.1f} GiB beside {memory['generation']:.1f}"
-    console.print(costs, highlight=False)
-    for name, text in figures["advice"].items():
-        console.print(f"[bold]{name}[/]: {text}", highlight=False)
+    quantiles = ", ".join(f"{q}%: {value:+z.2f}" for q, value in figures["gap_quantiles"].items())
+    return [
+        f"{figures['completions']} completions of {figures['prompts']} prompts, {figures['tokens']} tokens; the "
+        f"teacher has scored all but {figures['tokens_without_say']}. Student: {figures['student']}; teacher: "
+        f"{figures['teacher']}.",
+        f"Quantiles of the gap: {quantiles}",
+        costs,
+    ]
+
+
+def _reasons(figures: dict) -> list[str]:
+    return [f"{name}: {figures['advice'][name]}" for name in ("then", "evidence", "limits") if figures["advice"][name]]
+
+
+def print_report(figures: dict, file: TextIO):
+    """Print the decision, what speaks for it, and the figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, width=None if file.isatty() else 140, highlight=False, markup=False)
+    # Not by the console, which would break what is to be pasted
+    print(*decide(figures), "", *_reasons(figures), "", sep="\n", file=file)
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for name, *cells in _rows(figures):
+        table.add_row(f"  {name}" if cells else name, *cells, style=None if cells else "bold")
+    console.print(table)
+    for fact in _facts(figures):
+        console.print(fact)
+
+
+def render_page(figures: dict, picture: Path, rollouts: list[dict]) -> str:
+    """The report as one HTML page: the decision, the picture, the figures, and the rollouts as `trl-rlad view` shows
+    them. Whatever comes from the run is escaped."""
+    advice, table = figures["advice"], ""
+    for name, *cells in _rows(figures):
+        row = f"<td>{escape(name)}" + "".join(f"<td>{escape(cell)}" for cell in cells)
+        table += f"<tr>{row}" if cells else f"<tr><th colspan=5 align=left>{escape(name)}"
+    paragraphs = [*_reasons(figures), *_facts(figures)]
+    source = f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
+    parts = [
+        f"<h1>{escape(figures['student'])}, taught by {escape(figures['teacher'])}: a probe before training</h1>",
+        f"<p><b>{escape(advice['do'])}</b><p>{escape(advice['sure'])}<pre>{escape(advice['paste'])}</pre>",
+        *(f"<p style='white-space:pre-wrap'>{escape(text)}" for text in paragraphs),
+        f'<p><img src="{source}" style="max-width:100%" alt="The gap over the tokens, and the shares">',
+        f"<div style='overflow:auto'><table><tr>{''.join(f'<th>{name}' for name in COLUMNS)}{table}</table></div>",
+    ]
+    page = render([("the probe", rollouts, [])])
+    return re.sub("<body[^>]*>", lambda body: body[0] + "".join(parts), page, count=1)

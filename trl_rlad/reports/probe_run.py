@@ -1,42 +1,36 @@
 """Rollouts of a training script's own trainer, read by its teacher, without any training."""
 
+import os
 import runpy
+import shutil
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import wraps
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from trl import GRPOTrainer
 
 from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
-from ..rollouts import describe_rollouts
+from ..rollout_log import describe_rollouts
 from ..teacher_guide import TeacherGuide
 from ..trainer import RLADTrainer
+from .probe import Estimate, estimate
 
 
 NAMED = 20  # of the teacher's likeliest tokens, for its entropy
-
-
-class _Ready(BaseException):
-    """A script's trainer would train now. No script catches it."""
-
-
-class _StandIn:
-    """Skips evaluations, and ends the script where it would train."""
-
-    def train(self, trainer):
-        raise _Ready(trainer)
-
-    def evaluate(self, trainer):
-        return defaultdict(float)
 
 
 @contextmanager
@@ -44,24 +38,102 @@ def _running_as(script: str, arguments: list[str]) -> Iterator[None]:
     """Have the interpreter look as if it had been started with a script."""
     argv, path = sys.argv, sys.path
     sys.argv, sys.path = [script, *arguments], [str(Path(script).parent.absolute()), *path]
-    RLADTrainer.stand_in = _StandIn()
     try:
         yield
     finally:
         sys.argv, sys.path = argv, path
-        RLADTrainer.stand_in = None
 
 
-def load_trainer(script: str, arguments: list[str], main: Callable | None = None) -> RLADTrainer:
-    """Run a training script, or its function `main`, up to where its [`RLADTrainer`] is to train, without evaluations,
-    and return that."""
-    with _running_as(script, arguments):
+@contextmanager
+def _in_place_of_training(then: Callable[[Trainer], None], folder: str) -> Iterator[None]:
+    """Have every trainer that is made meanwhile, of whatever class, call `then` where it is to train, and write and
+    push nothing: its output folder is `folder`, and it has no repository, no tracker and no evaluation."""
+    trainer_class: Any = Trainer
+    init = trainer_class.__init__
+
+    @wraps(init)
+    def init_harmless(self, model=None, args=None, *others, **kwargs):
+        args = args or TrainingArguments()
+        args.output_dir, args.push_to_hub, args.report_to = folder, False, []
+        init(self, model, args, *others, **kwargs)
+        # Of this object, as a class may have a `train` of its own
+        self.train = lambda *args, **kwargs: then(self)
+        self.evaluate = lambda *args, **kwargs: defaultdict(float)
+        self.save_model = self.push_to_hub = lambda *args, **kwargs: None
+
+    trainer_class.__init__ = init_harmless
+    try:
+        yield
+    finally:
+        trainer_class.__init__ = init
+
+
+def _leave(code: int):
+    """End the process at once: nothing of a script that comes after `train()`, or is left for the end, runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_until_training(
+    script: str, arguments: list[str], then: Callable[[Trainer], None], main: Callable[[str], None] | None
+):
+    """
+    Run a training script up to where its first trainer is to train, call `then` with that, and end the process.
+
+    Nothing of the script runs after `train()`: no `finally`, no `except`, no exit handler. What it prints goes to
+    stderr.
+
+    Args:
+        script (`str`), arguments (`list[str]`):
+            The script and its command line.
+        then (`Callable[[Trainer], None]`):
+            What to do. If it raises, the traceback is printed, and the exit status is 1.
+        main (`Callable[[str], None]` or `None`):
+            A function to call in the place of the script, with the folder that trainers write to.
+
+    Raises:
+        `ValueError`: if no trainer trains. Whatever the script itself raises.
+    """
+
+    def stop(trainer):
+        code = 1
         try:
-            main() if main else runpy.run_path(script, run_name="__main__")
-        except _Ready as ready:
-            (trainer,) = ready.args
-            return trainer
-    raise ValueError(f"{script} came to its end without an `RLADTrainer` that trains.")
+            then(trainer)
+            code = 0
+        except SystemExit as exit:
+            print(exit.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        shutil.rmtree(folder)
+        _leave(code)
+
+    with (
+        TemporaryDirectory() as folder,
+        _running_as(script, arguments),
+        _in_place_of_training(stop, folder),
+        redirect_stdout(sys.stderr),
+    ):
+        main(folder) if main else runpy.run_path(script, run_name="__main__")
+    raise ValueError(f"{script} came to its end, and no trainer of transformers or TRL has trained.")
+
+
+def check_trainer(trainer: Trainer):
+    """Raises a `ValueError` that says what to change unless a trainer can be probed."""
+    if isinstance(trainer, RLADTrainer):
+        return
+    name, here = type(trainer).__name__, "`trl-rlad probe` probes an `RLADTrainer`"
+    if isinstance(trainer, GRPOTrainer):
+        raise ValueError(
+            f"the script trains with `{name}`, which has no teacher. Two lines to change, and probe again:\n"
+            "    from trl_rlad import RLADConfig as GRPOConfig, RLADTrainer as GRPOTrainer\n"
+            '    trainer = GRPOTrainer(..., teacher_model="NAME OR PATH OF THE TEACHER")\n'
+            "Nothing was trained, and nothing of the run's was written."
+        )
+    hint = " docs/migrating.md has the lines to change." if "Distillation" in name else ""
+    raise ValueError(
+        f"the first to train in the script is `{name}`, and {here}, which has rewards and a teacher.{hint}"
+    )
 
 
 class ProbeGuide(TeacherGuide):
@@ -157,7 +229,7 @@ class Probe:
 
     Attributes:
         rollouts (`list[dict]`):
-            A record for each completion of all processes, see [`~trl_rlad.rollouts.describe_rollouts`].
+            A record for each completion of all processes, see [`~trl_rlad.rollout_log.describe_rollouts`].
     """
 
     def __init__(self, trainer: RLADTrainer):
@@ -174,14 +246,17 @@ class Probe:
         num_groups = self._predict(num_prompts, self.guide)
         self.rollouts = [each for each in gather_object(self.guide.records) if each["group"] < num_groups]
 
-    def sample_teacher(self, num_prompts: int) -> dict[str, float]:
+    def sample_teacher(self, num_prompts: int) -> dict[str, Estimate]:
         """Have the teacher answer the prompts of `run`, as the student reads them, and say what share of its answers
         succeeds, `teacher_accuracy`, and on what share of the prompts without a success of the student it has one,
         `teacher_rescues`."""
         trainer, guide = self.trainer, _SuccessGuide(self.trainer)
         teachers = list(trainer.teacher_scorer.teachers.values())
-        if len(teachers) > 1 or teachers[0].is_sharded or not hasattr(teachers[0], "model"):
-            raise ValueError("`--sample_teacher` takes a single teacher that is a whole model in each process.")
+        of_its_own = len(teachers) == 1 and teachers[0].is_frozen and hasattr(teachers[0], "model")
+        if not of_its_own or teachers[0].is_sharded:
+            raise ValueError(
+                "`--sample_teacher` takes a single teacher that is a whole model in each process, and not the student."
+            )
         if trainer.use_vllm:
             raise ValueError(
                 "`--sample_teacher` doesn't go with `use_vllm`: sample the teacher with `trl-rlad evaluate`."
@@ -198,13 +273,17 @@ class Probe:
         k = trainer.num_generations
         bound, successes = trainer.args.success_reward, guide.successes[: num_groups * k]
         solved = {each["group"] for each in self.rollouts if each["reward"] is not None and each["reward"] > bound}
-        groups = {group: successes[k * group : k * (group + 1)] for group in range(num_groups) if group not in solved}
-        rescues = [any(group) for group in groups.values() if any(success is not None for success in group)]
-        judged = [success for success in successes if success is not None]
-        return {
-            "teacher_accuracy": sum(judged) / len(judged) if judged else float("nan"),
-            "teacher_rescues": sum(rescues) / len(rescues) if rescues else float("nan"),
-        }
+        sums = []
+        for group in range(num_groups):
+            judged = [success for success in successes[k * group : k * (group + 1)] if success is not None]
+            can_rescue = bool(judged) and group not in solved
+            sums.append(
+                {
+                    "teacher_accuracy": (float(sum(judged)), float(len(judged))),
+                    "teacher_rescues": (float(can_rescue and any(judged)), float(can_rescue)),
+                }
+            )
+        return estimate(sums)
 
     def _predict(self, num_prompts, guide):
         """Have the trainer make rollouts of training prompts under a guide: a prediction, which logs nothing anywhere.
@@ -218,6 +297,7 @@ class Probe:
         trainer.num_generations_eval = k
         trainer.args.per_device_eval_batch_size = k * max(1, trainer.args.per_device_eval_batch_size // k)
         trainer.guide = guide
+        trainer.callback_handler.callbacks = []  # of the script, which may write or report
         trainer.predict(data)
         return len(data)
 

@@ -22,6 +22,7 @@ def exchange(
     rows: list[Row],
     score: Callable[[list[Row]], list[TokenScores]],
     teacher: Teacher,
+    budget: int,
     top_k: int,
     accelerator: Accelerator,
 ) -> list[TokenScores]:
@@ -36,6 +37,8 @@ def exchange(
             What scores rows in this process.
         teacher ([`~trl_rlad.teachers.Teacher`]):
             By which they are scored.
+        budget (`int`):
+            Tokens of its micro-batches, the same in all processes.
         top_k (`int`):
             Number of the likeliest tokens that it names.
         accelerator ([`~accelerate.Accelerator`]):
@@ -50,9 +53,9 @@ def exchange(
     load = sum(count_cost(len(row.prompt), [len(row.completion)], hidden_size) for row in at_home)
     homes, loads, prompts, prompt_lengths, lengths = gather_lengths(texts, load, accelerator)
 
-    groups = (
-        group_rows(prompts, prompt_lengths, lengths) if teacher.shares_prompts else [[i] for i in range(len(homes))]
-    )
+    groups = [[i] for i in range(len(homes))]
+    if teacher.shares_prompts:
+        groups = group_rows(prompts, prompt_lengths, lengths, budget)
     costs = [count_cost(prompt_lengths[group[0]], [lengths[i] for i in group], hidden_size) for group in groups]
     # A sharded teacher waits in each micro-batch for the widest one: all processes should have the like
     hands = deal(costs, None if teacher.is_sharded else [homes[group[0]] for group in groups], loads)

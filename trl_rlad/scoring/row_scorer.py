@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from math import ceil
 from threading import Lock
 
 import torch
@@ -18,7 +20,7 @@ from .rows import Row
 
 logger = get_logger(__name__)
 
-# Tokens of each process that are sent around and scored at once: with eight named tokens, 80 MB
+# About as many tokens of each process are sent around and scored at once: with eight named tokens, 80 MB
 SLICE = 2**20
 ONE_AT_A_TIME = Lock()  # of several teachers that score early: they share the device, and DeepSpeed's configuration
 
@@ -36,12 +38,14 @@ class RowScorer:
             What the teacher can read and name. `None` lets it read all tokens and name none.
     """
 
-    failed_rows = 0  # of the last call of `score`, rows without scores
+    # Of the last call of `score`, rows without scores, and requests that had no place in flight when it began
+    failed_rows = queued_rows = 0
 
     def __init__(
         self, teacher: Teacher, accelerator: Accelerator, tokens_per_batch: int, contract: TokenContract | None = None
     ):
-        self.teacher, self.accelerator, self.tokens_per_batch = teacher, accelerator, tokens_per_batch
+        self.teacher, self.accelerator = teacher, accelerator
+        self.tokens_per_batch = self._budget = tokens_per_batch  # `_budget` is that of all processes, never halved
         self.contract = contract or TokenContract(teacher)
         self.seconds = 0.0  # that the last call of `score` took, and the wait for early scores with it
         self._early: dict[tuple, TokenScores] = {}  # for the next call,
@@ -95,16 +99,16 @@ class RowScorer:
 
     def _score_slices(self, rows: list[Row], top_k: int) -> Iterable[TokenScores | None]:
         """Score rows, those of all processes together, no more at once than fit into a slice."""
-        slices = slice_rows([len(row) for row in rows], SLICE)
-        counts = self.accelerator.gather(torch.tensor([len(slices)], device=self.accelerator.device))
-        slices += [[]] * (int(counts.max()) - len(slices))
-        for numbers in slices:
+        lengths = [len(row) for row in rows]
+        totals = self.accelerator.gather(torch.tensor([sum(lengths)], device=self.accelerator.device))
+        for numbers in slice_rows(lengths, max(1, ceil(totals.max().item() / SLICE))):
             yield from self._score_with_all_processes([rows[i] for i in numbers], top_k)
 
     def _score_with_all_processes(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         if self.accelerator.num_processes == 1:
             return self._score_here(rows, top_k)
-        return exchange(rows, lambda dealt: self._score_here(dealt, top_k), self.teacher, top_k, self.accelerator)
+        score = partial(self._score_here, top_k=top_k)
+        return exchange(rows, score, self.teacher, self._budget, top_k, self.accelerator)
 
     def _score_here(self, rows: list[Row], top_k: int) -> list[TokenScores]:
         """Score rows in this process, in micro-batches."""
@@ -173,6 +177,7 @@ class RowScorer:
             [i if row.images else tuple(row.prompt.tolist()) for i, row in enumerate(rows)],
             [len(row.prompt) for row in rows],
             [len(row.completion) for row in rows],
+            self.tokens_per_batch,
         )
 
 

@@ -60,6 +60,11 @@ class TeacherScorer(TrainerCallback):
         return sum(scorer.failed_rows for scorer in self.scorers.values())
 
     @property
+    def queued_rows(self) -> int:
+        """Number of rows that had been sent off, but waited for a place in flight, when `score` was called last."""
+        return sum(scorer.queued_rows for scorer in self.scorers.values())
+
+    @property
     def has_begun(self) -> bool:
         """Whether the rows for the next call of `score` are there already."""
         return self._rows is not None

@@ -60,7 +60,7 @@ class ServedRowScorer(RowScorer):
             raise
 
     def _collect(self, rows: list[Row], top_k: int) -> list[TokenScores | None]:
-        futures = []
+        futures, self.queued_rows = [], self.teacher.servers.queued
         for row in rows:
             sent = self._sent.pop(row.key) if row.key in self._sent else None
             futures.append(sent or self.teacher.submit(row.prompt, row.completion, top_k))

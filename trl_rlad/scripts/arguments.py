@@ -15,7 +15,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
-from ..runs import last_checkpoint
+from ..checkpoints import last_checkpoint
 
 
 MINI = Path(__file__).parent / "mini"

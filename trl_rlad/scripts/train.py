@@ -75,9 +75,9 @@ class ScriptArguments(GRPOScriptArguments):
             Settings of a method, which other flags override: the name of a file in `trl_rlad/scripts/methods/`, such
             as `"rlad"`, `"rlad_named"`, `"grpo"`, `"kdrl"`, `"opd"` (on-policy distillation) or `"distil_then_grpo"`.
         teacher_model_name_or_path (`list[str]`, *optional*):
-            Name or path of the teacher. Of several, given again and again or as a JSON object by name, each scores the
-            rows that have its name in the dataset's column `teacher_id`. Not needed with `teacher_server_urls`, or
-            with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`.
+            Name or path of the teacher, or "self" or "base", see [`RLADTrainer`]. Of several, given again and again or
+            as a JSON object by name, each scores the rows that have its name in the dataset's column `teacher_id`. Not
+            needed with `teacher_server_urls`, or with `alpha=1.0` and no `teacher_kl_coef` or `distillation_fraction`.
         teacher_samples (`int`, *optional*, defaults to `0`):
             Number of times that the teacher answers each training prompt first, so that it has a say only where it is
             right, and as much as it is right: see [`~sampling.add_teacher_weight`]. The main process samples, into
@@ -315,6 +315,8 @@ def check(script_args: ScriptArguments, args: RLADConfig, student: str | None, t
             raise ValueError(
                 "`--teacher_samples` samples the teacher here: name it with `--teacher_model_name_or_path` too."
             )
+        if teacher in ("base", "self"):
+            raise ValueError(f"`--teacher_samples` samples another model than the student, and not {teacher!r}.")
         if isinstance(teacher, dict):
             raise ValueError("`--teacher_samples` samples one teacher, and there are several.")
 

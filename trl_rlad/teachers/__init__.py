@@ -6,7 +6,7 @@ completion token and, where asked, the likeliest tokens in its place. It never h
 
 - `teacher`: what a teacher is; `create`: which one the settings ask for
 - `contract`: what it must agree on with the student
-- `local`, `sharded`, `adapters`, `own_base`: teachers in these processes; `loading`: how they are read from disk
+- `local`, `sharded`, `adapters`, `own`: teachers in these processes; `loading`: how they are read from disk
 - `server`, `client`: teachers behind a URL
 """
 
@@ -14,7 +14,7 @@ from .client import ServerError
 from .contract import TokenContract
 from .create import check_settings_of_servers, create_teacher
 from .local import LocalTeacher
-from .own_base import OwnBaseTeacher
+from .own import OwnBaseTeacher, OwnTeacher
 from .server import ServedTeacher
 from .sharded import FSDPTeacher, ZeRO3Teacher
 from .teacher import Teacher, TokenScores

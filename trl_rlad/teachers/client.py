@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any, NamedTuple
@@ -35,15 +36,15 @@ SILENT = "nothing yet"
 # What won't get better, and what helps then
 HOPELESS = httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL
 NO_TLS = "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "CERTIFICATE_VERIFY_FAILED"
-ONLY_VLLM = (
-    "Only vLLM's server returns the log-probabilities of a prompt: `transformers serve` and llama.cpp's server can't "
-    "be a teacher."
+WHICH_SERVERS = (
+    "Only the servers of vLLM and SGLang return the log-probabilities of a prompt: `transformers serve` and "
+    "llama.cpp's server can't be a teacher."
 )
 HINTS = {
     "status 401": "Set the environment variable `VLLM_API_KEY` to the key of the server.",
     "status 403": "Set the environment variable `VLLM_API_KEY` to the key of the server.",
     "greater than max allowed": "`--max-logprobs` must be 20 or more, and at least `teacher_top_k`.",
-    "prompt_logprobs": ONLY_VLLM,
+    "prompt_logprobs": WHICH_SERVERS,
 }
 
 
@@ -114,10 +115,15 @@ class Servers:
             What a server must answer to be asked for anything else.
         key (`str`, *optional*):
             What is sent to prove who asks. It is left out of all answers, and so of all messages.
+
+    Attributes:
+        queued (`int`):
+            Number of requests that wait for a place among those in flight.
     """
 
     def __init__(self, urls: list[str], patience: float, check: Request, key: str | None = None):
         self.urls, self.patience, self.check, self.key = urls, patience, check, key
+        self.queued = 0
         self._thread: Thread | None = None
 
     def submit(self, request: Request, url: str | None = None) -> Future:
@@ -166,8 +172,20 @@ class Servers:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
+    @asynccontextmanager
+    async def _place(self):
+        self.queued += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.queued -= 1
+        try:
+            yield
+        finally:
+            self._slots.release()
+
     async def _ask(self, servers, request):
-        async with self._slots:
+        async with self._place():
             start = time.monotonic()
             try:
                 async with asyncio.timeout(self.patience - max(min(server.silence for server in servers), 0.0)):

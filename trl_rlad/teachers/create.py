@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import RLADConfig
 from .loading import HUB_KWARGS
 from .local import LocalTeacher
-from .own_base import OwnBaseTeacher
+from .own import OwnBaseTeacher, OwnTeacher
 from .server import ServedTeacher
 from .sharded import FSDPTeacher, ZeRO3Teacher
 from .teacher import Teacher
@@ -34,7 +34,8 @@ def create_teacher(
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`]):
-            Name, path or model, or `"base"` for the base model of a student that trains an adapter.
+            Name, path or model; `"base"` for the base model of a student that trains an adapter, or `"self"` for the
+            student itself.
         args ([`RLADConfig`]), accelerator ([`~accelerate.Accelerator`]):
             Settings of the training, and what knows how it is distributed.
         get_student (`Callable`), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -56,6 +57,15 @@ def create_teacher(
         return ServedTeacher(urls, teacher_model, args)
     if str(teacher_model).startswith(("http://", "https://")):
         raise ValueError(f"`teacher_model={teacher_model!r}` is an address: pass it as `teacher_server_urls`.")
+    if teacher_model in ("base", "self"):
+        settings = {"teacher_zero_stage", "teacher_offload", "teacher_model_init_kwargs", "teacher_model_revision"}
+        for name in sorted(settings):
+            if getattr(args, name) not in (None, "none"):
+                raise ValueError(
+                    f'`{name}` has no meaning for `teacher_model="{teacher_model}"`, which is where the student is.'
+                )
+    if teacher_model == "self":
+        return OwnTeacher(get_student, tokenizer, accelerator, args.temperature)
     if teacher_model == "base":
         if not is_peft_model(get_student()):
             raise ValueError(
@@ -63,10 +73,6 @@ def create_teacher(
                 "all its weights. Pass `peft_config`, or the name or path of a teacher."
             )
         check_own_base(get_student())
-        settings = {"teacher_zero_stage", "teacher_offload", "teacher_model_init_kwargs", "teacher_model_revision"}
-        for name in sorted(settings):
-            if getattr(args, name) not in (None, "none"):
-                raise ValueError(f'`{name}` has no meaning for `teacher_model="base"`, which is where the student is.')
         return OwnBaseTeacher(get_student, tokenizer, accelerator, args.temperature)
     if not isinstance(teacher_model, (str, PreTrainedModel)):
         raise TypeError(

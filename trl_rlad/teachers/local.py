@@ -89,6 +89,7 @@ class LocalTeacher:
     """
 
     is_sharded = False
+    is_frozen = True
     # The roads to its scores, see `try_roads`
     shares_prompts = mixes_rows = True
     reads_logits = False

@@ -1,8 +1,9 @@
-"""A teacher behind a URL: a model that vLLM serves."""
+"""A teacher behind a URL: a model that vLLM or SGLang serves."""
 
 import os
 from concurrent.futures import Future
 from contextlib import nullcontext
+from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config import RLADConfig
-from .client import ONLY_VLLM, Request, Servers, UnfitServerError
+from .client import WHICH_SERVERS, Request, Servers, UnfitServerError
 from .contract import find_ends
 from .loading import HUB_KWARGS, load_processing_class
 from .teacher import TokenScores
@@ -25,13 +26,14 @@ KEY = "VLLM_API_KEY"  # the environment variable from which vLLM's server takes 
 TOLERANCE = 0.1
 ROUNDING = 1e-3  # by which a log-probability may be above 0
 MASS_ROUNDING = 1e-2  # by which probabilities may sum to more or less than 1
+SGLANG = "sglang"  # as whose its server lists its models
 MODE = "It must be served with `--logprobs-mode raw_logprobs`, vLLM's default."
 NAMED = 20  # tokens in each place to be named before training: the most by vLLM's default
 
 
 class ServedTeacher:
     """
-    A [`Teacher`] behind vLLM's OpenAI-compatible server, at temperature 1, as none is applied to prompts there.
+    A [`Teacher`] behind the server of vLLM or SGLang, at temperature 1, as none is applied to prompts there.
 
     It is sent the token ids of a prompt with its completion, and returns the log-probabilities of all of them or an
     error. Before training, all servers must be ready, serve the same model, and return for a row of random tokens what
@@ -52,7 +54,7 @@ class ServedTeacher:
     """
 
     is_sharded = shares_prompts = False
-    mixes_rows = True
+    is_frozen = mixes_rows = True
     length_remedy = "serve it with a higher `--max-model-len`"
 
     def __init__(self, urls: list[str], model: str | None, args: RLADConfig):
@@ -81,7 +83,12 @@ class ServedTeacher:
                 "in a list are of one teacher; for several, pass `teacher_server_urls` as a dictionary of them by "
                 "name."
             )
-        # Less one, as a token is always generated
+        self.is_sglang = cards[0].owner == SGLANG
+        if len({card.owner == SGLANG for card in cards}) == 2:
+            raise ValueError(f"Of the servers {', '.join(urls)} some are SGLang's. URLs in a list are of one kind.")
+        if self.is_sglang and cards[0].parent:
+            raise ValueError(f"{self.model_id} is an adapter, which only vLLM can serve as a teacher: merge it.")
+        # Less one, as vLLM always generates a token
         self.max_length = min(card.max_model_len for card in cards) - 1
         root = cards[0].root or self.model_id
         self.name = self.servers.redact(Path(root).name if Path(root).is_absolute() else root)
@@ -152,24 +159,26 @@ class ServedTeacher:
 
     def ask_for(self, prompt: torch.Tensor, completion: torch.Tensor, top_k: int = 0) -> Request:
         """What to send for the [`TokenScores`] of a row of token ids."""
-        ids, top_k = completion.tolist(), min(top_k, self.vocab_size)
-        body = {
-            "model": self.model_id,
-            "prompt": prompt.tolist() + ids,
-            "prompt_logprobs": top_k,
-            "max_tokens": 1,
-            "temperature": 1.0,
-        }
+        ids, top_k, start = completion.tolist(), min(top_k, self.vocab_size), len(prompt)
+        body: dict[str, Any]
+        if self.is_sglang:
+            path, body = "/generate", {"input_ids": prompt.tolist() + ids, "sampling_params": {"max_new_tokens": 0}}
+            body |= {"return_logprob": True, "logprob_start_len": start - 1, "top_logprobs_num": top_k}
+        else:
+            path, body = "/v1/completions", {"model": self.model_id, "prompt": prompt.tolist() + ids}
+            body |= {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": 1.0}
 
         def read(answer):
+            if self.is_sglang:
+                return read_scores(read_sglang(answer, ids), ids, top_k, self.vocab_size)
             name = answer.get("model")
             self.model_in_answers = self.model_in_answers or name
             if name != self.model_in_answers:
                 raise UnfitServerError(f"answers as {name!r} instead of {self.model_in_answers!r}")
-            return read_scores(answer, len(prompt), ids, top_k, self.vocab_size)
+            return read_scores(read_vllm(answer, start, ids), ids, top_k, self.vocab_size)
 
         # An entry has about 80 bytes
-        return Request("/v1/completions", read, body, 2**20 + 1000 * len(body["prompt"]) * (top_k + 1))
+        return Request(path, read, body, 2**20 + 1000 * (start + len(ids)) * (top_k + 1))
 
     def submit(self, prompt: torch.Tensor, completion: torch.Tensor, top_k: int = 0, url: str | None = None) -> Future:
         """Ask for the [`TokenScores`] of a row of token ids, and go on, see [`Servers.submit`]."""
@@ -183,20 +192,22 @@ class ServedTeacher:
         return nullcontext()
 
     def find_image_problem(self, student):
-        return "it is behind a URL, where only token ids are sent"
+        return "it is behind a URL, where only token ids are sent, and would have to be loaded here"
 
     def release(self):
         self.servers.close()
 
 
 class Card(NamedTuple):
-    """A model that a server lists. Of an adapter `parent` and `base` are the name and the place of its base."""
+    """A model that a server lists. Of an adapter `parent` and `base` are the name and the place of its base. The
+    `owner` tells the server's kind."""
 
     id: str
     root: str | None
     parent: str | None
     base: str | None
     max_model_len: float
+    owner: Any
 
 
 def read_models(answer: Any) -> list[Card]:
@@ -214,7 +225,7 @@ def read_models(answer: Any) -> list[Card]:
             raise UnfitServerError(f"lists a model whose id, root and parent are {names[:3]}, and not text")
         if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
             raise UnfitServerError(f"lists {names[0]} with a `max_model_len` of {length!r}")
-        cards.append(Card(*names, length))
+        cards.append(Card(*names, length, entry.get("owned_by")))
     return cards
 
 
@@ -231,23 +242,38 @@ def find_model(cards: list[Card], model: str | None, url: str) -> Card:
     )
 
 
-def read_scores(answer: Any, start: int, ids: list[int], top_k: int, vocab_size: int) -> TokenScores:
+def read_vllm(answer: Any, start: int, ids: list[int]) -> list[dict[str, Any]]:
+    """Log-probabilities by token, at each of the tokens `ids`, which come after `start` others."""
+    (choice,) = answer["choices"]
+    if (entries := choice.get("prompt_logprobs")) is None:
+        raise UnfitServerError(f"gave an answer without `prompt_logprobs`. {WHICH_SERVERS}")
+    if len(entries) != start + len(ids):
+        raise ValueError(f"there are entries for {len(entries)} tokens instead of {start + len(ids)}")
+    return [{key: value["logprob"] for key, value in entry.items()} for entry in entries[start:]]
+
+
+def read_sglang(answer: Any, ids: list[int]) -> list[dict[str, Any]]:
+    """The same of SGLang, whose lists begin with the token before, of which it says nothing."""
+    scores = answer["meta_info"]
+    sampled, named = scores["input_token_logprobs"][1:], scores.get("input_top_logprobs") or []
+    if [id for _, id, *_ in sampled] != ids:
+        raise ValueError(f"the entries are of {len(sampled)} tokens, and not of the {len(ids)} that were sent")
+    entries = [[each, *(top or [])] for each, top in zip_longest(sampled, named[1:])]
+    return [{str(id): logp for logp, id, *_ in entry} for entry in entries]
+
+
+def read_scores(entries: list[dict[str, Any]], ids: list[int], top_k: int, vocab_size: int) -> TokenScores:
     """
-    The scores of the tokens `ids`, which come after `start` others.
+    The scores of the tokens `ids`, from log-probabilities by token at each.
 
     Raises:
-        [`UnfitServerError`]: if it isn't vLLM's.
+        [`UnfitServerError`]: if they can't be log-probabilities of this vocabulary.
         `Exception`: unless there is one log-probability for each token, and of the likeliest as many as were asked
             for, of which there can be a distribution over the vocabulary.
     """
-    (choice,) = answer["choices"]
-    if (entries := choice.get("prompt_logprobs")) is None:
-        raise UnfitServerError(f"gave an answer without `prompt_logprobs`. {ONLY_VLLM}")
-    if len(entries) != start + len(ids):
-        raise ValueError(f"there are entries for {len(entries)} tokens instead of {start + len(ids)}")
     logps, named = [], []
-    for id, entry in zip(ids, entries[start:], strict=True):
-        by_id = {read_id(key, vocab_size): read_logp(value["logprob"]) for key, value in entry.items()}
+    for id, entry in zip(ids, entries, strict=True):
+        by_id = {read_id(key, vocab_size): read_logp(logp) for key, logp in entry.items()}
         if id not in by_id:
             raise ValueError(f"the log-probability of the token {id} is missing")
         if len(by_id) < top_k:

@@ -16,7 +16,7 @@ class TokenScores(NamedTuple):
 
 
 class Teacher(Protocol):
-    """A frozen model that scores given tokens. It has one duty, and never hears of rewards, advantages or ratios."""
+    """A model that scores given tokens. It has one duty, and never hears of rewards, advantages or ratios."""
 
     name: str  # of the model; of a local path, the last part
     config: PretrainedConfig
@@ -24,6 +24,7 @@ class Teacher(Protocol):
     eos_token_ids: set[int]  # on which it ends its turn
     vocab_size: int  # number of rows of its embedding
     max_length: float  # number of tokens that it can read at once
+    is_frozen: bool  # whether its weights stay as they are while the student trains
     is_sharded: bool  # whether each process holds a part of it, so that a forward pass needs all at once
     shares_prompts: bool  # whether completions of one prompt can run on one copy of its key-value cache
     length_remedy: str  # what else than another teacher helps where rows are too long

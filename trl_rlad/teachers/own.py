@@ -1,11 +1,11 @@
-"""The student's own base model as the teacher."""
+"""The student as its own teacher: as it is now, or its base model."""
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from .._trl.names import get_config_model_id, use_adapter
@@ -15,9 +15,13 @@ from .contract import find_ends
 from .local import WrappedTeacher
 
 
-class OwnBaseTeacher(WrappedTeacher):
-    """The student without its adapter. There is no second copy of the weights. `get_student` returns the
-    [`~peft.PeftModel`] that is trained, as it is at that time."""
+class OwnTeacher(WrappedTeacher):
+    """The student as it is when it scores, without dropout. There is no second copy of the weights. `get_student`
+    returns the model that is trained, or one that TRL has follow it, as it is at that time."""
+
+    is_frozen = False
+    note = "itself"
+    length_remedy = "shorten its `teacher_prompt`"
 
     def __init__(
         self,
@@ -29,15 +33,15 @@ class OwnBaseTeacher(WrappedTeacher):
         self.get_student, self.tokenizer = get_student, tokenizer
         self.accelerator, self.temperature = accelerator, temperature
         self.config = config = get_student().config
-        self.name = f"{get_config_model_id(config)} without the adapter"
+        self.name = f"{get_config_model_id(config)} {self.note}"
         self.vocab_size = config.get_text_config().vocab_size
         self.max_length = longest_input(config)
-        self.eos_token_ids = find_ends(get_student().generation_config, tokenizer)
+        self.eos_token_ids = find_ends(self.unwrapped.generation_config, tokenizer)
         self.is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
     @cached_property
     def mixes_rows(self):
-        """As any teacher's. The student's base is tried when it first scores: sharded, it can't run before."""
+        """As any teacher's. The student is tried when it first scores: sharded, it can't run before."""
         self.try_roads()
         return self.__dict__["mixes_rows"]
 
@@ -46,8 +50,13 @@ class OwnBaseTeacher(WrappedTeacher):
         return self.get_student()
 
     @property
+    def unwrapped(self):
+        return self.accelerator.unwrap_model(self.get_student())
+
+    @property
     def lm_head(self):
-        return LMHead(self.accelerator.unwrap_model(self.get_student()).get_base_model(), self.temperature)
+        model = self.unwrapped
+        return LMHead(model.get_base_model() if is_peft_model(model) else model, self.temperature)
 
     def find_image_problem(self, student):
         return None  # it has read them
@@ -61,10 +70,21 @@ class OwnBaseTeacher(WrappedTeacher):
         was_training = student.training
         student.eval()
         try:
-            with use_adapter(self.accelerator.unwrap_model(student), adapter_name=None):
-                yield
+            yield
         finally:
             student.train(was_training)
 
     def release(self):
         pass
+
+
+class OwnBaseTeacher(OwnTeacher):
+    """The student without its adapter."""
+
+    is_frozen = True
+    note = "without the adapter"
+
+    @contextmanager
+    def placed(self):
+        with super().placed(), use_adapter(self.unwrapped, adapter_name=None):
+            yield
