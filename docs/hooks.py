@@ -80,7 +80,7 @@ def on_files(files, config):
         files.append(file)
     for page in Path(config.docs_dir).glob("*.md"):
         for name in LINK.findall(page.read_text()):
-            if (ROOT / name).is_file() and files.get_file_from_path(place(name)) is None:
+            if (ROOT / name).is_file() and ROOT / name != NOTEBOOK and files.get_file_from_path(place(name)) is None:
                 files.append(File.generated(config, place(name), abs_src_path=str(ROOT / name)))
 
 
