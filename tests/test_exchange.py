@@ -155,3 +155,17 @@ def test_a_process_that_ran_out_of_memory_still_deals_as_the_others(processes):
     assert results[1] == [] and len(results[0]) == 8
     for (_, scores), expected in zip(results[0], score(rows), strict=True):
         assert torch.equal(scores.logps, expected.logps)
+
+
+def test_of_a_sharded_teacher_every_process_gets_the_like(processes):
+    # Each pass waits for the widest one: two rows of 42 tokens of one process, and four of 22 of the other, are mixed
+    scored = [[], []]
+
+    def work(accelerator):
+        rank = accelerator.process_index
+        rows = make_rows(rank, [[(0, 40, False)] * 2, [(0, 20, False)] * 4][rank])
+        watched = lambda dealt: scored[rank].extend(map(len, dealt)) or score(dealt)  # noqa: E731
+        return exchange(rows, watched, make_teacher(is_sharded=True), 50, 2, accelerator)
+
+    processes(2).run(work)
+    assert [sorted(lengths) for lengths in scored] == [[22, 22, 42]] * 2

@@ -83,6 +83,7 @@ def place(shared, tmp_path, monkeypatch):
 
 
 def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "reward": 0.5}]}')
     code = """if True:
         import sys
         from trl_rlad.cli import COMMANDS, main
@@ -96,9 +97,7 @@ def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
         main(["view", sys.argv[1]])
         print(*{"torch", "transformers", "trl", "matplotlib"} & sys.modules.keys())
     """
-    (tmp_path / "trainer_state.json").write_text(
-        '{"log_history": [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1}]}'
-    )
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
     command = [sys.executable, "-c", code, str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(COMMANDS) <= set(re.findall(r"^  (\w+) ", output, re.MULTILINE))
@@ -121,6 +120,7 @@ def test_help_shows_defaults(command, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         cli([command, "--help"])
     shown = {
+        "view": ["(default: 2000000)"],
         "probe": ["(default: 32)"],
         "compare": ["(default: auto)"],
         "train": ["(default: 0.5)", "(default: 16,384 on a GPU and 1,024 on a CPU)"],
@@ -182,7 +182,7 @@ def test_a_configuration_of_accelerate_by_its_name(name, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--teacher_kl_coeff 1.0", "there is no --teacher_kl_coeff: did you mean --teacher_kl_coef?"),
+        ("--teacher_kl_coeff 1.0", "there is no --teacher_kl_coeff. Did you mean `--teacher_kl_coef`?"),
         ("--num_processes 2", "2 processes without GPUs need a configuration: --accelerate_config zero3"),
         ("--accelerate_config zero4", "Refused: `--accelerate_config zero4` is neither a file nor one of cpu, fsdp2"),
         ("--alpha 2", "Refused: `alpha` must be in [0, 1]"),

@@ -12,6 +12,7 @@ ROOMS = (
     "objective",
     "evaluation",
     "packing",
+    "alignment",
     "trials",
     "columns",
     "runs",

@@ -25,7 +25,7 @@ from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
 from ..rollout_log import describe_rollouts
-from ..teacher_guide import TeacherGuide
+from ..teacher_guide import TeacherGuide, spread_scores
 from ..trainer import RLADTrainer
 from .probe import Estimate, estimate
 
@@ -170,7 +170,7 @@ class ProbeGuide(TeacherGuide):
         return nullcontext()
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
-        mask = batch["teacher_mask"]
+        mask, batch = batch["teacher_mask"], spread_scores(batch, old_per_token_logps)
         columns = {
             "group": batch["group"],
             "reward": batch["reward"],
@@ -256,6 +256,11 @@ class Probe:
         if not of_its_own or teachers[0].is_sharded:
             raise ValueError(
                 "`--sample_teacher` takes a single teacher that is a whole model in each process, and not the student."
+            )
+        if any(trainer.teacher_scorer.by_text(None, 1)):
+            raise ValueError(
+                "`--sample_teacher` takes a teacher with the student's tokenizer: sample this one with `trl-rlad "
+                "evaluate`."
             )
         if trainer.use_vllm:
             raise ValueError(
