@@ -5,9 +5,9 @@ GRPO.
     python benchmarks/regime.py
 
 Ours from `benchmarks/results/comparison_runs.jsonl` and `chains_runs.jsonl`, with 95% intervals over the seeds; the
-published ones, of single runs, from "Sequential Beats Joint" (arXiv 2609.04108; knights and knaves, Zebra, Countdown and mathematics with
-Qwen3-8B teaching 1.7B and 0.6B) and the model card ziansu/r2egym-rlad (SWE-bench, 27B teaching 4B). On-policy
-distillation is that with k2 as published, without a bound; of the half-learned students, with one.
+published ones, of single runs, from "Sequential Beats Joint" (arXiv 2609.04108; knights and knaves, Zebra, Countdown
+and mathematics with Qwen3-8B teaching 1.7B and 0.6B) and the model card ziansu/r2egym-rlad (SWE-bench, 27B teaching
+4B). On-policy distillation is that with k2 as published, without a bound; of the half-learned students, with one.
 """
 
 import argparse
