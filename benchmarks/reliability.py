@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_rlad import RLADConfig, RLADTrainer
-from trl_rlad.runs import last_checkpoint
+from trl_rlad.checkpoints import last_checkpoint
 from trl_rlad.scripts.arguments import MINI
 from trl_rlad.scripts.tasks.mini import MAX_COMPLETION_LENGTH, correctness_reward, make_dataset
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from trl import GRPOConfig
 
 from trl_rlad import RLADTrainer, TRRDLoss
@@ -604,9 +604,31 @@ def _(place):
     place.trainer(teacher=str(folder), max_completion_length=62)
 
 
-@refused("teacher", "another tokenizer", "ids stand for different tokens", "shares the student's tokenizer")
+OTHER = "another tokenizer"
+
+
+@refused("teacher", f"{OTHER}, a slow one", "The teacher's tokenizer", "takes a fast one", "shares the student's")
 def _(place):
-    place.trainer(teacher=tiny.save_model(place.folder / "other", 0, tiny.make_tokenizer(tiny.WORDS[::-1])))
+    place.trainer(teacher=tiny.save_model(place.folder / "slow", 0, ByT5Tokenizer(), vocab_size=400))
+
+
+@refused("teacher", f"{OTHER} without a chat template, for messages", "chat template can't render", "prompts of text")
+def _(place):
+    student = tiny.save_model(place.folder / "chat", 0, tiny.make_chat_tokenizer(), vocab_size=262)
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "2+2?"}]}] * 8)
+    place.trainer(student=student, dataset=dataset)
+
+
+@refused("teacher", f"{OTHER} that doesn't give back the text of prompts", "no score for 100%", "keeps the text")
+def _(place):
+    student = tiny.save_model(place.folder / "bytes", 0, tiny.make_chat_tokenizer(), vocab_size=262)
+    place.trainer(student=student, dataset=Dataset.from_list([{"prompt": "Two and two?"}] * 8))
+
+
+@refused("teacher", f"{OTHER}, and a `rollout_func`", "what a `rollout_func`", "shares the student's tokenizer")
+def _(place):
+    folder = tiny.save_model(place.folder / "other", 0, tiny.make_tokenizer(tiny.WORDS[::-1]))
+    place.trainer(teacher=folder, trainer_kwargs={"rollout_func": lambda prompts, trainer: {}})
 
 
 @refused("teacher", "a vocabulary smaller than the student's tokenizer", "goes up to token id 31", "has only 20 rows")
@@ -632,7 +654,7 @@ for kwargs in ({"n_people": [5]}, {"n_people": [1]}, {"n_people": []}, {"n_peopl
     text = json.dumps(kwargs)
 
     refused("`rlad_grpo.py`", f"`--task_kwargs '{text}'` of the mini task", "`--task_kwargs`", "some of 2, 3 and 4")(
-        lambda place, text=text: place.run(train, "--task_kwargs", text)
+        lambda place, text=text: place.run(train, "--task", "mini", "--task_kwargs", text)
     )
 
 

@@ -38,6 +38,7 @@ def test_nothing_else_differs_from_grpo():
         "on_teacher_failure",
         "teacher_timeout",
         "trim_padding",
+        "log_rollouts",
         "teacher_tokens_per_batch",
     }
 

@@ -173,6 +173,7 @@ def test_readme_links():
 
 
 def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, student_path, teacher_path):
+    near = tiny.save_renamed(tmp_path / "near", teacher_path)
     with TeacherServer(teacher_path) as server:
         config = tiny.make_config(
             tmp_path,
@@ -183,7 +184,7 @@ def test_the_page_on_metrics_has_all_that_is_logged_and_nothing_else(tmp_path, s
             on_teacher_failure="grpo",
             per_device_eval_batch_size=4,
         )
-        data, teachers = make_dataset(["near", "far"]), {"near": teacher_path, "far": None}
+        data, teachers = make_dataset(["near", "far"]), {"near": near, "far": None}
         trainer = RLADTrainer(student_path, tiny.reward, config, data, data.select(range(4)), teacher_model=teachers)
         trainer.train()
         trainer.evaluate()

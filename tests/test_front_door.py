@@ -96,6 +96,7 @@ def test_neither_help_nor_the_view_imports_what_takes_seconds(tmp_path):
         main(["view", sys.argv[1], "--output", sys.argv[1] + "/view.html"])
         print(*{"torch", "transformers", "trl", "matplotlib"} & sys.modules.keys())
     """
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
     command = [sys.executable, "-c", code, str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(COMMANDS) <= set(re.findall(r"^  (\w+) ", output, re.MULTILINE))
@@ -118,11 +119,11 @@ def test_help_shows_defaults(command, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         cli([command, "--help"])
     shown = {
-        "view": ["(default: 20000)"],
+        "view": ["(default: 2000000)"],
         "probe": ["(default: 32)"],
         "compare": ["(default: auto)"],
         "train": ["(default: 0.5)", "(default: 16,384 on a GPU and 1,024 on a CPU)"],
-        "distil": ["(default: 1200)", "(default: that of the mini task)"],
+        "distil": ["(default: 1200)", "(default: that of a task in miniature)"],
         "evaluate": ["(default: 0.95)", "(default: 1 and `num_samples`)"],
     }
     text = " ".join(capsys.readouterr().out.split())

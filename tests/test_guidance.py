@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trl_rlad.objective.clipping import Clipping, clip_causes, sequence_log_ratio
-from trl_rlad.objective.guidance import Scores, guide, kl_mask
+from trl_rlad.objective.guidance import Guidance, Scores, guide, kl_mask
 from trl_rlad.objective.schedule import Objective
 
 
@@ -49,8 +49,36 @@ def test_the_ratio_is_to_a_mixture_of_the_old_policy_and_the_teacher():
 
 
 def test_alpha_1_changes_nothing():
-    assert run(replace(OBJECTIVE, alpha=1.0)) == (None, None, None, {}, {})
-    assert run(replace(OBJECTIVE, alpha=1.0), scores=None) == (None, None, None, {}, {})
+    assert run(replace(OBJECTIVE, alpha=1.0)) == Guidance()
+    assert run(replace(OBJECTIVE, alpha=1.0), scores=None) == Guidance()
+
+
+def test_the_part_of_the_teacher_is_by_how_much_it_changes_the_loss():
+    clipping = Clipping(0.2, 0.28, "token", MASK.float())
+    # The objective with the anchor of the first test, less that with the old policy, in each token: 2 exp(-0.25) -
+    # 2 exp(0), ...
+    ratios = (LOGPS - torch.tensor([[-0.75, -2.7], [-0.9, -1.0]])).exp(), (LOGPS - OLD).exp()
+    free = [ratio * ADVANTAGES[:, None] for ratio in ratios]
+    expected = (free[0] - free[1]).abs()
+    torch.testing.assert_close(run(OBJECTIVE).part, expected)
+    assert expected[0, 1] > 0.8 and expected[1, 1] == 0.0  # where the teacher has scored nothing
+    # What is clipped is cut: 2 * 1.28 and not 2 * exp(0.7) where the anchor is far below
+    clipped = [
+        torch.min(x, ratio.clamp(0.8, 1.28) * ADVANTAGES[:, None]) for x, ratio in zip(free, ratios, strict=True)
+    ]
+    torch.testing.assert_close(run(OBJECTIVE, clipping=clipping).part, (clipped[0] - clipped[1]).abs())
+    # A divergence adds itself
+    both = run(replace(OBJECTIVE, teacher_kl_coef=0.5))
+    torch.testing.assert_close(both.part, expected + both.penalty.abs())
+    assert both.penalty[1, 0] > 0.0
+    # With credit it is the advantage that changes; while distilling the divergence is all there is
+    credited = run(replace(OBJECTIVE, teacher_credit=True))
+    torch.testing.assert_close(credited.part, (ratios[1] * (credited.advantages - ADVANTAGES[:, None])).abs())
+    distilling = run(replace(OBJECTIVE, distillation_fraction=0.5))
+    torch.testing.assert_close(distilling.part, distilling.penalty)
+    # And of a sequence all tokens have the same
+    whole = run(OBJECTIVE, clipping=clipping._replace(level="sequence")).part
+    assert whole.shape == LOGPS.shape and (whole == whole[:, :1]).all() and (whole > 0.0).all()
 
 
 def test_half_of_the_teachers_weight_is_half_of_its_exponent():

@@ -8,7 +8,8 @@ from trl_rlad import RLADTrainer
 
 
 COEF, SUCCESS = 0.3, 0.5
-ONCE = ("teacher/top1", "teacher/entropy")  # logged when the rollouts are scored, and not with each use of them
+# Logged when the rollouts are scored, and not with each use of them
+ONCE = ("teacher/top1", "teacher/entropy", "teacher/named_mass")
 
 
 @pytest.fixture(scope="module", params=["reverse", "forward"])

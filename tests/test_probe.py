@@ -325,7 +325,7 @@ student, teacher, *settings, output_dir = sys.argv[1:]
 data = tiny.make_dataset()
 served = {"teacher_server_urls": teacher} if teacher.startswith("http") else {}
 temperature = 1.0 if served else 0.8
-if not served and student != teacher:  # some prompts are others to the teacher
+if not served and student != teacher and "renamed" not in teacher:  # some prompts are others to the teacher
     data = data.map(lambda row: {"teacher_prompt": f"w1 {row['prompt']}" if "w6" in row["prompt"] else None})
 args = tiny.make_config(
     output_dir,
@@ -773,8 +773,8 @@ def test_the_page_has_the_decision_the_picture_and_the_rollouts(tmp_path):
     assert f'src="data:image/png;base64,{b64encode(b"the picture").decode()}"' in head
     assert "<td>signal<td>0%<td>0% to 40%<td>12<td>groups" in head
     assert "<td>teacher_rescues<td>0%<td>too few (1)<td>1<td>" in head
-    assert "say &lt;i&gt;" in view and "&lt;b&gt;" in view and "<i>" not in page and page.count("<!doctype") == 1
-    assert "http" not in page  # nothing is fetched
+    assert r"say \u003ci>" in view and r"\u003cb>" in view and "<i>" not in page and page.count("<!doctype") == 1
+    assert "://" not in page  # nothing is fetched
 
 
 def test_the_student_as_its_own_teacher(probe, student_path):
@@ -799,11 +799,13 @@ def test_a_served_teacher(probe, student_path):
     assert figures["discrimination"]["value"] == 0.5
 
 
-def test_another_tokenizer_is_refused(probe, student_path, tmp_path):
-    other = tiny.save_model(tmp_path / "other", 1, tokenizer=tiny.make_tokenizer(tiny.WORDS[::-1]))
-    with pytest.raises(SystemExit, match="Refused.*reads the student's token ids differently"):
-        probe(student_path, other)
-    assert "differently" in json.loads((tmp_path / "reports" / "probe.json").read_text())["refused"]
+def test_a_teacher_with_another_tokenizer(probe, student_path, tmp_path):
+    renamed = tiny.save_renamed(tmp_path / "renamed", student_path)
+    _, figures = probe(student_path, renamed)
+    # Every token of the student's own model, but for the special ones
+    assert abs(figures["gap"]["value"]) < 1e-5 and figures["tokens_without_say"] > 0
+    with pytest.raises(SystemExit, match="a teacher with the student's tokenizer"):
+        probe(student_path, renamed, options=["--sample_teacher"])
 
 
 def test_no_such_command():

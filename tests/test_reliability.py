@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from trl_rlad import RLADTrainer
-from trl_rlad.checkpoints import RunRecord
-from trl_rlad.runs import last_checkpoint
+from trl_rlad.checkpoints import RunRecord, last_checkpoint
 from trl_rlad.scoring import watchdog
 from trl_rlad.teachers.loading import find_non_finite
 from trl_rlad.trials import longest_input

@@ -12,11 +12,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_rlad import RLADTrainer
+from trl_rlad import RLADTrainer, rollout_log
 from trl_rlad.reports.metrics_table import MetricsTable
-from trl_rlad.reports.view import render
-from trl_rlad.rollouts import describe_rollouts, split_text
-from trl_rlad.runs import read_rollouts
+from trl_rlad.rollout_log import describe_rollouts, split_text
+from trl_rlad.rollouts import choose_groups, log_ratios, read_rollouts
 
 
 NAMED = {"teacher_kl_coef": 1.0, "teacher_kl": "forward"}
@@ -47,6 +46,10 @@ def run(tmp_path_factory, student_path):
     return trainer, folder
 
 
+def read_training(folder):
+    return [record for record in read_rollouts(folder) if record["split"] == "train"]
+
+
 def logps_of(model, prompt, ids, temperature=1.0):
     """Of all tokens in each place of a completion, by a model alone: `(T, V)`."""
     with torch.no_grad():
@@ -56,7 +59,7 @@ def logps_of(model, prompt, ids, temperature=1.0):
 
 def test_the_records_are_what_the_models_say(run, student_path):
     _, folder = run
-    records = [record for record in read_rollouts(folder) if record["step"] == 1]
+    records = [record for record in read_training(folder) if record["step"] == 1]
     assert len(records) == 16 and [record["row"] for record in records] == list(range(16))
     student, teacher = map(AutoModelForCausalLM.from_pretrained, (student_path, folder / "teacher"))
     tokenizer, kinds = tiny.make_tokenizer(), set()
@@ -90,7 +93,7 @@ def mean_gap(record):
 def test_the_table_of_completions_has_the_mean_log_ratio(run):
     _, folder = run
     first, second = (pd.read_parquet(folder / "completions" / f"completions_0000{step}.parquet") for step in (1, 2))
-    records = {record["row"]: record for record in read_rollouts(folder) if record["step"] == 1}
+    records = {record["row"]: record for record in read_training(folder) if record["step"] == 1}
     gaps = {row: gap for row, record in records.items() if (gap := mean_gap(record)) is not None}
     assert len(gaps) >= 12 and len({round(gap, 2) for gap in gaps.values()}) >= 10
     assert first["teacher_log_ratio"][list(gaps)].to_dict() == pytest.approx(gaps, abs=1e-3)
@@ -106,7 +109,7 @@ def test_an_evaluation_in_the_middle_of_a_generation_batch_leaves_its_rows_apart
     table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
     # TRL's table has the evaluation's rows now; the rollouts are still those of both steps
     assert table["teacher_log_ratio"].isna().all()
-    first, second = ([r for r in read_rollouts(tmp_path) if r["step"] == step] for step in (1, 2))
+    first, second = ([r for r in read_training(tmp_path) if r["step"] == step] for step in (1, 2))
     assert first and [r["ids"] for r in first] == [r["ids"] for r in second]
 
 
@@ -118,8 +121,8 @@ def test_what_no_reward_function_can_judge_has_no_reward(tmp_path, student_path,
     RLADTrainer(student_path, judge_some, args, tiny.make_dataset(), teacher_model=teacher_path).train()
     records = read_rollouts(tmp_path)
     assert [record["reward"] for record in records] == [0.0, None, 1.0, 0.0]
-    page = render([("run", records, [])])
-    assert page.count("not judged") == 1 and page.count("reward 0") == 2
+    assert [record["solved"] for record in records] == [False, None, True, False]
+    assert records[0]["rewards"] == [0.0, None, 1.0, 0.0]
 
 
 def signal_by_length(prompts, completion_ids, **kwargs):
@@ -129,7 +132,7 @@ def signal_by_length(prompts, completion_ids, **kwargs):
     ]
 
 
-def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(tmp_path, student_path):
+def test_a_few_groups_of_each_kind_are_written_and_the_whole_table_is_filled(tmp_path, student_path):
     # A teacher so like the student that some rows have a negative mean
     teacher_path = tiny.save_model(tmp_path / "teacher", seed=0, scale=0.33)
     args = tiny.make_config(
@@ -139,14 +142,19 @@ def test_the_first_groups_with_signal_are_written_and_the_whole_table_is_filled(
     args.reward_weights = [1.0, 0.0]  # the second is only logged
     RLADTrainer(student_path, rewards, args, tiny.make_dataset(), teacher_model=teacher_path).train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
-    has_signal = [bool((table["advantage"][4 * group : 4 * group + 4] != 0.0).any()) for group in range(8)]
-    expected = [group for group in range(8) if has_signal[group]][:4]
-    assert expected != [0, 1, 2, 3] and sum(has_signal) > 4  # some are without signal, and some are too many
     assert (tmp_path / "rollouts" / "rollouts_00001.parquet").exists()  # in the order of the steps
     records = read_rollouts(tmp_path)
+    kinds = {record["group"]: record["kind"] for record in records}
     assert [(r["step"], r["group"], r["row"]) for r in records] == [
-        (1, group, 4 * group + i) for group in expected for i in range(4)
+        (1, group, 4 * group + i) for group in kinds for i in range(4)
     ]
+    of_rows = table["signal_by_length"] > 0.0
+    solved = {group: set(of_rows[4 * group : 4 * group + 4]) for group in range(8)}
+    for kind, outcome in (("failed", {False}), ("solved", {True})):
+        left = [group for group in range(8) if solved[group] == outcome and kinds.get(group) != "changed most"]
+        mine = [group for group in kinds if kinds[group] == kind]
+        assert len(mine) == min(2, len(left)) and set(mine) <= set(left)
+    assert [sum(of_group == kind for of_group in kinds.values()) for kind in ("changed most", "random")] == [2, 2]
     tokenizer = tiny.make_tokenizer()
     for record in records:
         row = table.iloc[record["row"]]
@@ -197,8 +205,17 @@ def test_what_has_clipped_a_token_when_the_student_has_moved(make_trainer, stude
     assert counts[1][1] and not counts[1][2] and all(counts[2])
 
 
-def test_no_file_without_being_asked(make_trainer):
+def test_a_run_with_a_teacher_writes_its_rollouts_and_nothing_in_the_terminal(make_trainer, capsys):
     trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert len(read_rollouts(trainer.args.output_dir)) == 4 and "Advantage" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings", [{"log_rollouts": False, "log_completions": True}, {"alpha": 1.0}], ids=["off", "grpo"]
+)
+def test_no_file_without_a_teacher_or_with_the_flag_off(settings, make_trainer):
+    trainer = make_trainer(max_steps=1, num_completions_to_print=0, **settings)
     trainer.train()
     assert not (Path(trainer.args.output_dir) / "rollouts").exists() and trainer.rollout_log is None
 
@@ -252,7 +269,7 @@ def test_metrics_reach_tensorboard_by_their_documented_names(run):
 def test_gap_by_the_sign_of_the_advantage_and_what_the_teacher_names(run):
     trainer, folder = run
     log = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
-    records = [record for record in read_rollouts(folder) if record["step"] == 2]
+    records = [record for record in read_training(folder) if record["step"] == 2]
     for name, sign in (("rewarded", 1), ("punished", -1)):
         gaps = [
             s - t
@@ -272,7 +289,7 @@ def test_entropy_and_top1_are_those_of_the_teacher_alone(run):
     shared = torch.tensor([id not in (1, 2) and id < 32 for id in range(40)])
     for logged in (entry for entry in trainer.state.log_history if "reward" in entry):
         entropies, is_top1 = [], []
-        for record in (record for record in read_rollouts(folder) if record["step"] == logged["step"]):
+        for record in (record for record in read_training(folder) if record["step"] == logged["step"]):
             prompt, ids = tokenizer(record["prompt"])["input_ids"], record["ids"]
             logps = logps_of(teacher, prompt, ids, 0.7)
             for row, id, teacher_logp in zip(logps, ids, record["teacher_logps"], strict=True):
@@ -328,6 +345,89 @@ def test_advantages_are_recorded_as_the_reward_gave_them(make_trainer):
     assert [record["advantage"] for record in records] == pytest.approx(expected) and any(expected)
     # And nothing of a generation batch stays for the next
     log = trainer.rollout_log
-    assert log.records and log.log_ratios
-    log.choose(batch, torch.zeros(4))
-    assert not log.records and not log.log_ratios
+    assert log.watched["train"].rows and log.log_ratios
+    trainer.model.train()
+    log.number(batch, torch.zeros(4))
+    assert not log.watched["train"].rows and not log.log_ratios
+
+
+def test_groups_of_each_kind():
+    parts = {0: 0.1, 1: 0.9, 2: 0.5, 3: 0.8, 4: 0.2, 5: 0.7, 6: 0.3, 7: 0.4, 8: 0.0}
+    wrong, right = [False, None, False], [True, True, True]
+    solved = {0: wrong, 1: right, 2: [True, False, None], 3: wrong, 4: wrong, 5: right, 6: right, 7: wrong, 8: right}
+    chosen = choose_groups(parts, solved, seed=1)
+    assert [group for group, kind in chosen.items() if kind == "changed most"] == [1, 3]
+    # The most changed of those that are left
+    assert [group for group, kind in chosen.items() if kind == "failed"] == [7, 4]
+    assert [group for group, kind in chosen.items() if kind == "solved"] == [5, 6]
+    drawn = [{g for g, kind in choose_groups(parts, solved, seed).items() if kind == "random"} for seed in range(20)]
+    assert all(len(groups) == 2 for groups in drawn) and set().union(*drawn) == {0, 2, 8}
+    assert choose_groups(parts, solved, 3) == choose_groups(parts, solved, 3)
+    assert choose_groups({4: 1.0}, {4: [None, None]}, 0) == {4: "changed most"}
+
+
+def test_what_the_teacher_names_and_its_part_in_the_loss_are_kept(run):
+    trainer, folder = run
+    records, tokenizer = read_training(folder), tiny.make_tokenizer()
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    shared = torch.tensor([id not in (1, 2) and id < 32 for id in range(40)])
+    seen = 0
+    for record in records:
+        if not record["named"]:
+            assert record["solved"]
+            continue
+        logps = logps_of(teacher, tokenizer(record["prompt"])["input_ids"], record["ids"], 0.7)
+        for row, teacher_logp, named, named_logps in zip(
+            logps, record["teacher_logps"], record["named"], record["named_logps"], strict=True
+        ):
+            values, ids = row.topk(3)
+            likely = [
+                (i, x) for i, x in zip(ids.tolist(), values.tolist(), strict=True) if shared[i] and x > log(0.01)
+            ]
+            likely = likely if teacher_logp is not None else []
+            assert named == [tokenizer.decode([i]) for i, _ in likely]
+            assert named_logps == pytest.approx([x for _, x in likely], abs=1e-3)
+            seen += len(named)
+    assert seen > 20
+    # Of the part, what isn't the change of GRPO's objective is the divergence, whose mean is logged
+    divergences = []
+    for record in (record for record in records if record["step"] == 1):
+        advantage = record["advantage"]
+        for gap, part in zip(log_ratios(record), record["part"], strict=True):
+            if gap is not None:
+                ratio = exp(0.5 * min(max(gap, -1.0), 1.0))
+                objective = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+                divergences.append(part - abs(objective - advantage))
+    logged = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    assert mean(divergences) == pytest.approx(logged["teacher/kl"], rel=1e-3)
+
+
+def test_an_evaluation_leaves_rollouts_of_its_own(run):
+    _, folder = run
+    records = [record for record in read_rollouts(folder) if record["split"] == "eval"]
+    assert {record["step"] for record in records} == {2} and len({record["prompt"] for record in records}) == 4
+    assert [record["row"] for record in records] == list(range(len(records)))
+    assert all(record["reward"] == pytest.approx(tiny.reward([record["ids"]])[0]) for record in records)
+    assert (folder / "rollouts" / "rollouts_00002_eval.parquet").exists()
+
+
+def test_memory_and_files_are_bounded(make_trainer, monkeypatch):
+    monkeypatch.setattr(rollout_log, "WATCHED", 40)
+    monkeypatch.setattr(rollout_log, "TOKENS", 20)
+    monkeypatch.setattr(rollout_log, "FILES", 2)
+    trainer = make_trainer(max_steps=4, per_device_train_batch_size=16)
+    trainer.train()
+    watched = trainer.rollout_log.watched["train"]
+    assert 0 < watched.tokens <= 40 and {row // 4 for row in watched.rows} == watched.groups
+    records = read_rollouts(trainer.args.output_dir)
+    assert {record["step"] for record in records} == {1, 3}  # two files of four logs
+    for step in (1, 3):
+        mine = [record for record in records if record["step"] == step]
+        groups = {record["group"] for record in mine}
+        assert sum(len(record["ids"]) for record in mine) <= 20 or len(mine) == len(groups)
+        assert all(len(record["rewards"]) == 4 for record in mine)
+    # What a longer run has left in this folder isn't taken for this one's
+    folder = Path(trainer.args.output_dir) / "rollouts"
+    (folder / "rollouts_00009.parquet").touch()
+    trainer.rollout_log.on_train_begin(trainer.args, SimpleNamespace(is_world_process_zero=True, global_step=1))
+    assert [file.name for file in folder.iterdir()] == ["rollouts_00001.parquet"]

@@ -64,10 +64,10 @@ def test_ends_are_those_of_the_generation_config_and_the_tokenizer():
     assert find_ends(GenerationConfig(), tiny.make_tokenizer(eos_token=None)) == set()
 
 
-def test_an_id_with_two_meanings_is_refused():
+def test_with_an_id_of_two_meanings_ids_can_not_be_shared():
     other = tiny.make_tokenizer(["w1", "w0", *tiny.WORDS[2:]])
-    with pytest.raises(ValueError, match=r"2 ids stand for different tokens .* - 4: 'w0' / 'w1', 5: 'w1' / 'w0'\)"):
-        find_unknown_ids(tiny.make_tokenizer(), other)
+    assert find_unknown_ids(tiny.make_tokenizer(), other) is None
+    assert TokenContract.between(tiny.make_tokenizer(), make_teacher(["w1", "w0", *tiny.WORDS[2:]]), [1]) is None
 
 
 def test_renamed_special_tokens_are_not_refused():
@@ -77,10 +77,8 @@ def test_renamed_special_tokens_are_not_refused():
     assert find_unknown_ids(student, teacher) == [32]
 
 
-def test_a_teacher_that_knows_next_to_nothing_is_refused():
-    # as transformers makes one up for a directory that has none
-    with pytest.raises(ValueError, match="saved beside its weights"):
-        find_unknown_ids(tiny.make_tokenizer(), tiny.make_tokenizer([]))
+def test_with_a_teacher_that_knows_next_to_nothing_ids_can_not_be_shared():
+    assert find_unknown_ids(tiny.make_tokenizer(), tiny.make_tokenizer([])) is None
 
 
 def make_teacher(words=tiny.WORDS, **attributes):

@@ -1,17 +1,20 @@
-"""The page of `trl-rlad view`: what is in it, and what must not be."""
+"""The page of `trl-rlad view`: what is in it, and what must not be. Of its script see test_browser.py."""
 
 import json
+import os
 import re
-from html import unescape
+from base64 import b64decode
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from trl_rlad.commands.view import main
-from trl_rlad.reports.view import COLORS, _card, _draw, _percent, _token, draw_curves, render
+from trl_rlad.reports.curves import COLORS, draw_curves
+from trl_rlad.reports.view import render
 
 
 def record(text="ok", gap=0.0, advantage=1.0, clipped=0, step=1, group=0):
@@ -30,108 +33,137 @@ def record(text="ok", gap=0.0, advantage=1.0, clipped=0, step=1, group=0):
 
 
 class Page(HTMLParser):
-    """Checks that all is closed; keeps the elements' names, and classes and hover texts of tokens by their text."""
+    """Checks that all is closed; keeps the elements' names and attributes, the text, and what the script is given."""
 
     def __init__(self, page):
         super().__init__()
-        self.names, self.attributes, self.open, self.tokens, self.text = set(), set(), [], {}, ""
+        self.names, self.attributes, self.open, self.text, self.scripts = set(), set(), [], "", []
         self.feed(page)
         assert not self.open
+        self.groups = []
+        if len(self.scripts) == 2:
+            data = json.loads(self.scripts[0])
+            self.groups = data["groups"]
+            for row in (row for group in self.groups for row in group["rows"]):
+                kind = np.uint32 if row["wide"] else np.uint16
+                row["tokens"] = [data["texts"][i] for i in np.frombuffer(b64decode(row["tokens"]), kind)]
+                row["student"], row["scored"] = (
+                    [
+                        None if x == data["unscored"] else x / data["grid"]
+                        for x in np.frombuffer(b64decode(row[name]), np.int16)
+                    ]
+                    for name in ("student", "scored")
+                )
+                row["clipped"] = list(b64decode(row.get("clipped", "")))
+                row["named"] = {
+                    int(number): [(data["texts"][names[i]], names[i + 1]) for i in range(0, len(names), 2)]
+                    for number, names in row.get("named", {}).items()
+                }
 
     def handle_starttag(self, name, attributes):
         self.names.add(name)
         self.attributes |= dict(attributes).keys()
-        if name == "br":
-            self.text += "\n"
-        elif name != "meta":
-            self.open.append((name, dict(attributes)))
+        if name not in ("meta", "input"):
+            self.open.append(name)
 
     def handle_startendtag(self, name, attributes):
         self.names.add(name)
 
     def handle_endtag(self, name):
-        assert self.open.pop()[0] == name
-        if name in ("p", "summary", "div"):
-            self.text += "\n"
+        assert self.open.pop() == name
 
     def handle_data(self, data):
-        self.text += data
-        if self.open and "data-x" in self.open[-1][1]:
-            attributes = self.open[-1][1]
-            self.tokens[data] = attributes["class"].split(), attributes["data-x"]
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
+            self.text += data
 
-
-def read_points(path):
-    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
+    @property
+    def texts(self):
+        """Of each completion, in the order of the page."""
+        return ["".join(row["tokens"]) for group in self.groups for row in group["rows"]]
 
 
 def read_curves(page):
-    """Lines and bands of each panel, by its title: pairs of a color and points `(step, value)`, read off the ticks."""
-    svg = page[page.index("<svg") : page.index("</svg>")].replace("xlink:", "") + "</svg>"
+    """Lines and bands of each panel, by its title: pairs of a color and points `(step, value)`, read off the axes."""
     panels = {}
-    for panel in ElementTree.fromstring(svg).iterfind("g/g"):
-        if not panel.get("id").startswith("axes"):
-            continue
+    for figure in re.findall("<figure>.*?</figure>", page, re.DOTALL):
+        root = ElementTree.fromstring(figure)
+        svg = root.find("svg")
+        # What is written at the ends of the axes, and where
+        texts = [(float(text.get("x")), float(text.get("y")), text) for text in svg.iterfind("text")]
+        steps = {int(text.text): x for x, _, text in texts if text.get("text-anchor") == "middle"}
+        values = {float(text.text): y - 3 for _, y, text in texts if text.get("text-anchor") == "end"}
         scales = []
-        for axis, letter in enumerate("xy"):
-            ticks = [tick for tick in panel.iterfind("g/g") if tick.get("id", "").startswith(f"{letter}tick_")]
-            places = [read_points(tick.find("g/path"))[0][axis] for tick in (ticks[0], ticks[-1])]
-            values = [float(tick.find("g/text").text.replace("−", "-")) for tick in (ticks[0], ticks[-1])]
-            unit = (values[1] - values[0]) / (places[1] - places[0])
-            scales.append(
-                lambda place, at=places[0], value=values[0], unit=unit: round(value + unit * (place - at), 3)
-            )
-        lines, bands = [], []
-        for part in panel.iterfind("g"):
-            path = part.find("path")
-            if part.get("id").startswith("line2d") and path is not None:  # of the legend's own lines there is none
-                color = re.search("stroke: (#......)", path.get("style"))[1]
-                lines.append((color, [(scales[0](x), scales[1](y)) for x, y in read_points(path)]))
-            elif part.get("id").startswith("FillBetween"):
-                use = part.find("g/use")  # which moves the path down by `y`
-                points = [
-                    (scales[0](x), scales[1](y + float(use.get("y")))) for x, y in read_points(part.find("defs/path"))
-                ]
-                bands.append((re.search("fill: (#......)", use.get("style"))[1], set(points)))
-        titles = [text.text for text in panel.iterfind("g/text")]
-        panels[titles[0]] = lines, bands
+        for ticks in (steps, values):
+            (a, at), *others = ticks.items()
+            b, to = others[0] if others else (a + 1, at + 1)
+            scales.append(lambda place, a=a, at=at, b=b, to=to: a + (b - a) * (place - at) / (to - at))
+
+        def points(part, scales=scales):
+            pairs = [pair.split(",") for pair in part.get("points").split()]
+            return [(round(scales[0](float(x))), round(scales[1](float(y)), 2)) for x, y in pairs]
+
+        lines = [(part.get("stroke"), points(part)) for part in svg.iterfind("polyline")]
+        bands = [(part.get("fill"), set(points(part))) for part in svg.iterfind("polygon")]
+        panels[root.find("figcaption").text] = lines, bands
     return panels
 
 
 def test_tokens_say_what_the_teacher_made_of_them():
     records = [
-        record("surer", gap=2.5, clipped=1),
-        record("liked", gap=-0.2, clipped=2),
-        record("agreed", gap=0.05),
+        record("surer", gap=2.5, clipped=1) | {"named": [["x", "surer"]], "named_logps": [[-0.03, -3.5]]},
+        record("liked", gap=-0.2, clipped=2) | {"named": [["liked"]], "named_logps": [[-0.05]]},
         record("unread") | {"teacher_logps": [None]},
+        record("hopeless", gap=500.0),
     ]
-    tokens = Page(render([("run", records, [])])).tokens
-    classes = {text: classes for text, (classes, _) in tokens.items()}
-    assert classes == {"surer": ["s3", "teacher"], "liked": ["t0", "policy"], "agreed": [], "unread": ["mute"]}
-    # e^-1 and e^-3.5
-    assert tokens["surer"][1] == "surer   student 36.8%   teacher 3.0%   log ratio +2.50   clipped by the teacher"
+    rows = {row["tokens"][0]: row for row in Page(render([("run", records, [])])).groups[0]["rows"]}
+    assert [rows["surer"][name] for name in ("student", "scored", "clipped")] == [[-1.0], [-3.5], [1]]
+    assert rows["surer"]["named"] == {0: [("x", 97), ("surer", 3)]}  # e^-0.03 and e^-3.5
+    # It would say the same
+    assert rows["liked"]["scored"] == [-0.8] and rows["liked"]["clipped"] == [2] and rows["liked"]["named"] == {}
+    assert rows["unread"]["scored"] == [None] and rows["unread"]["mean"] is None
+    assert rows["hopeless"]["scored"] == [-65.0] and rows["hopeless"]["mean"] == 500.0
 
 
 def test_whatever_a_run_says_is_only_text():
-    evil = '<script>alert("1")</script><img src=x onerror=alert(1)>" onmouseover="x'
-    page = render([(evil, [record(evil, gap=1.5)], [{"step": 1, "reward": 0.5, f"eval_rewards/{evil}/pass@1": 0.1}])])
+    evil = '</script><script>alert("1")</script><img src=x onerror=alert(1)>" onmouseover="x<!--<script>'
+    records = [record(evil, gap=1.5) | {"kind": evil, "teacher": evil, "named": [[evil]], "named_logps": [[-0.1]]}]
+    page = render([(evil, records, [{"step": 1, "reward": 0.5, f"eval_rewards/{evil}/pass@1": 0.1}])])
     parsed = Page(page)
-    assert not parsed.names & {"script", "img", "link", "iframe", "object"} and list(parsed.tokens) == [evil]
-    # No address from which anything would be fetched: only the clip paths of the picture itself
-    assert not re.search(r"https?:|url\((?!#)|@import", page) and not parsed.attributes & {
-        "src",
-        "onmouseover",
-        "onerror",
-    }
+    assert not parsed.names & {"img", "link", "iframe", "object"} and parsed.texts == [evil]
+    assert page.count("<script") == 2 and parsed.groups[0]["prompt"] == f"prompt of {evil}"
+    # No address from which anything would be fetched, and no script but ours
+    assert not re.search(r"https?:|url\(|@import", page.replace(parsed.scripts[0], ""))
+    assert not parsed.attributes & {"src", "href", "onmouseover", "onerror"}
+    assert re.search("default-src 'none';.*script-src 'sha256-[^']{44}'\"", page)
 
 
-def test_the_most_changed_groups_come_first_and_fill_the_page():
-    # |advantage| * min(|gap|, 1): 0.4 (bounded), 0, 0.3 and 0.5
-    rows = [("a", 7.0, 0.4), ("b", 9.0, 0.0), ("c", 0.1, -3.0), ("d", 0.5, 1.0)]
-    records = [record(text, gap, advantage, group=i) for i, (text, gap, advantage) in enumerate(rows)]
-    assert list(Page(render([("run", records, [])])).tokens) == ["d", "a", "c", "b"]
+def test_the_groups_in_whose_loss_the_teacher_has_the_largest_part_come_first_and_fill_the_page():
+    parts = {"a": 0.4, "b": 0.0, "c": 0.3, "d": 10.0}
+    records = [record(text, 7.0, group=i) | {"part": [part]} for i, (text, part) in enumerate(parts.items())]
+    records.append(record("e", group=0) | {"part": [99.0], "split": "eval"})  # after those of training
+    page = Page(render([("run", records, [])]))
+    assert page.texts == ["d", "a", "c", "b", "e"] and [group["part"] for group in page.groups] == [
+        10,
+        0.4,
+        0.3,
+        0,
+        99,
+    ]
     page = Page(render([("run", records, [])], max_tokens=2))
-    assert list(page.tokens) == ["d", "a"] and "2 of 4 groups" in page.text
+    assert page.texts == ["d", "a"] and "Of 5 groups, 2 are here." in page.text
+    # Of a probe nothing has been trained: then it is by the disagreement, bounded by 1. And one is always there
+    records = [record(str(gap), gap, group=i) for i, gap in enumerate((0.3, -7.0, 0.5))]
+    assert [group["part"] for group in Page(render([("run", records, [])])).groups] == [1.0, 0.5, 0.3]
+    assert Page(render([("run", records, [])], max_tokens=0)).texts == ["-7.0"]
+
+
+def test_more_texts_than_a_short_number_can_tell():
+    wide = record() | {"tokens": [str(i) for i in range(70_000)], "logps": [-1.0] * 70_000, "clipped": None}
+    wide |= {"teacher_logps": [-2.0] * 70_000, "advantage": 2.0}
+    page = Page(render([("run", [wide, record("short")], [])]))
+    assert page.texts == ["".join(wide["tokens"]), "short"]
 
 
 def test_curves_add_up():
@@ -144,7 +176,7 @@ def test_curves_add_up():
     ]
     panels = read_curves(render([("run", [], log)]))
     assert {title: [points for _, points in lines] for title, (lines, _) in panels.items()} == {
-        "share of tokens clipped": [[(1, 0.75), (2, 0.25)]],
+        "tokens clipped, share": [[(1, 0.75), (2, 0.25)]],
         "pass@1 in evaluation": [[(2, 0.5)]],
     }
 
@@ -164,54 +196,55 @@ def test_seeds_share_a_line_of_their_mean_and_a_band_from_the_lowest_to_the_high
     assert bands == [(colors["GRPO"], {(1, 0.0), (2, 0.1), (3, 0.15), (1, 0.8), (2, 1.0), (3, 0.7)})]
     assert page.count('class="key"') == 2 and len(set(colors.values())) == 2
     assert "its band" in page and "its band" not in render([("GRPO", [], logs[0]), ("RLAD", [], logs[0])])
-    assert "currentColor" in page  # in the colours of the page
+    # Each value on its point, and the last beside the line
+    assert "<title>GRPO, step 3: 0.35</title>" in page and page.count("<circle") == 6 and ">0.35</text>" in page
 
 
 def test_a_row_says_what_the_loss_made_of_it():
-    first = record(advantage=0.5, clipped=1) | {
-        "prompt": "one prompt",
+    first = record(advantage=0.5) | {
         "reward": 0.25,
         "tokens": ["a", " b", " c", " d"],
         "logps": [-1.0, -1.0, -1.0, -1.0],
         "teacher_logps": [-5.0, None, -0.5, -5.0],  # gaps 4, -0.5 and 4
         "clipped": [1, 2, 1, 0],
+        "part": [1.0, 0.0, 0.5, 0.5],
+        "solved": True,
     }
-    second = record("unread", advantage=-0.25) | {"reward": 0.75, "teacher_logps": [None]}
+    second = record("unread", advantage=-0.25) | {
+        "reward": None,
+        "teacher_logps": [None],
+        "solved": None,
+        "teacher": "m",
+    }
     equal = record("equal", gap=-1e-9, advantage=0.0) | {"reward": -2.0}
-    text = Page(render([("run", [second, equal, second, first], [])])).text
-    lines = [line for line in text.splitlines() if line]
+    ((group,),) = [Page(render([("run", [second, equal, second, first], [])])).groups]
     # By the advantage, and the same completion once
-    assert lines[lines.index("one prompt") + 1 :] == [
-        "A = +0.50 · reward 0.25",
-        "mean +2.50",
-        "50% clipped by the teacher",
-        "25% clipped by the policy",
-        "a b c d",
-        "A = +0.00 · reward -2",
-        "mean +0.00",
-        "equal",
-        "A = -0.25 · reward 0.75",
-        "2 times the same",
-        "not read by the teacher",
-        "unread",
+    names = ("reward", "advantage", "solved", "teacher", "times", "mean", "part", "length", "clipped")
+    assert [[row[name] for name in names] for row in group["rows"]] == [
+        [0.25, 0.5, True, "", 1, 2.5, 0.5, 4, [1, 2, 1, 0]],
+        [-2.0, 0.0, False, "", 1, 0.0, 0.0, 1, []],
+        [None, -0.25, None, "m", 2, None, 0.0, 1, []],
     ]
+    assert group["rewards"] == [None, -2.0, None, 0.25]
 
 
 def test_a_group_has_its_own_run_step_number_and_prompt():
     runs = [
-        ("a<b", [record("x", 0.5, step=7, group=2), record("y", 0.5, 0.5, step=7, group=3)], []),
-        ("c", [record("z", -0.25, step=7, group=3), record("u", 0.1, step=8, group=3)], []),
+        (
+            "a",
+            [record("x", 0.5, step=7, group=2), record("y", 0.4, 0.5, step=7, group=3) | {"rewards": [1.0, 0.0]}],
+            [],
+        ),
+        ("c", [record("z", -0.25, step=7, group=3) | {"kind": "failed"}, record("u", 0.1, step=8, group=3)], []),
     ]
-    page = render(runs)
-    lines = Page(page).text.splitlines()
-    heads = [(line, lines[i + 1]) for i, line in enumerate(lines) if "changed by" in line]
-    assert heads == [
-        ("a<b · step 7 · group 2 · changed by 0.50", "prompt of x"),
-        ("a<b · step 7 · group 3 · changed by 0.25", "prompt of y"),
-        ("c · step 7 · group 3 · changed by 0.25", "prompt of z"),
-        ("c · step 8 · group 3 · changed by 0.10", "prompt of u"),
+    groups = Page(render(runs)).groups
+    names = ("run", "step", "group", "prompt", "part", "kind", "rewards")
+    assert [tuple(group[name] for name in names) for group in groups] == [
+        ("a", 7, 2, "prompt of x", 0.5, "", [1.0]),
+        ("a", 7, 3, "prompt of y", 0.4, "", [1.0, 0.0]),
+        ("c", 7, 3, "prompt of z", 0.25, "failed", [1.0]),
+        ("c", 8, 3, "prompt of u", 0.1, "", [1.0]),
     ]
-    assert page.count("<details open>") == 3 and page.count("<details>") == 1
 
 
 def write_log(folder, steps):
@@ -230,119 +263,54 @@ def test_a_run_with_checkpoints_is_drawn_whole(has_finished, steps, tmp_path):
         (run / "whole" / "trainer_state.json").rename(run / "trainer_state.json")
     main([str(run), "--output", str(tmp_path / "view.html")])
     ((_, points),) = read_curves((tmp_path / "view.html").read_text())["reward"][0]
-    assert points == [(step, step / 10) for step in range(1, steps + 1)]
-
-
-def test_a_group():
-    records = [
-        record("b", gap=-1.0, advantage=0.5) | {"reward": 0.25},
-        record("c", advantage=-0.5) | {"tokens": ["c", "d"], "logps": [-1.0, -1.5], "teacher_logps": [-1.5, None]}
-        | {"clipped": [1, 0]},
-        record("z", advantage=0.0) | {"teacher_logps": [None]},
-        record("b", gap=-1.0, advantage=0.5) | {"reward": 0.25},
-        record("a", gap=0.5, advantage=0.5),
-    ]  # fmt: skip
-    records = [record | {"row": row} for row, record in enumerate(records)]
-    card = _card(True, 0.125, "a<b", (3, 2), records)
-    head = "<details open><summary>a&lt;b · step 3 · group 2 · changed by 0.12</summary>"
-    assert card.startswith(f'{head}<div class="prompt">prompt of a</div><div class="row">')
-    assert _card(False, 0.0, "", (1, 1), records).startswith("<details><summary>") and card.endswith("</details>")
-    rows = re.findall('<div class="row"><div class="soft">(.*?)</div><div class="tokens">(.*?)</div></div>', card)
-    assert card.count('</div></div><div class="row">') == 3
-    # The rewarded first, in the order of their tokens; the same one once
-    assert [facts.split("<br>") for facts, _ in rows] == [
-        ['<span class="up">A = +0.50</span> · reward 1', "mean +0.50"],
-        ['<span class="up">A = +0.50</span> · reward 0.25', "2 times the same", "mean -1.00"],
-        ['<span class="">A = +0.00</span> · reward 1', "not read by the teacher"],
-        ['<span class="down">A = -0.50</span> · reward 1', "mean +0.50", "50% clipped by the teacher"],
-    ]
-    assert [re.sub("<.*?>", "", tokens) for _, tokens in rows] == ["a", "b", "z", "cd"]
+    assert points == [(step, pytest.approx(step / 10, abs=0.011)) for step in range(1, steps + 1)]
 
 
 def test_records_without_clipping():
     without = {name: value for name, value in record("x").items() if name != "clipped"}
-    assert "clipped by" not in _card(True, 0.0, "run", (1, 1), [without, record("y") | {"clipped": None}])
-
-
-def test_a_token():
-    # In steps of .1, .3, 1, 2 and 4: what is at one is not beyond it
-    for gap, name in ((0.5, "s1"), (1.0, "s1"), (-1.0, "t1"), (1.5, "s2"), (-4.0, "t3"), (-4.5, "t4"), (0.0, "")):
-        assert re.search('class="(.*?)"', _token("x", -1.0, -1.0 - gap, 0))[1] == name
-    facts = "a   student 36.8%   not scored by the teacher   clipped by the policy"
-    assert _token("a\n", -1.0, None, 2) == f'<span class="mute policy" data-x="{facts}">a⏎\n</span>'
-    assert unescape(_token(" ", -1.0, -1.25, 0)) == (
-        '<span class="s0" data-x="\' \'   student 36.8%   teacher 28.7%   log ratio +0.25"> </span>'
-    )
-    assert [_percent(logp) for logp in (0.0, -0.5, -8.0)] == ["100.0%", "60.7%", "3e-04"]
-
-
-class Axis:
-    """What is drawn on it."""
-
-    def __init__(self):
-        self.calls = []
-
-    def plot(self, *args, **kwargs):
-        self.calls.append((*args, kwargs["color"]))
-
-    def fill_between(self, *args, **kwargs):
-        self.calls.append((*args, kwargs["color"]))
-
-
-def test_the_mean_of_runs_and_their_band():
-    axis = Axis()
-    _draw(axis, [], "-", "red")
-    assert axis.calls == []
-    _draw(axis, [{2: 0.7, 1: 0.5}], "--", "red")
-    _draw(axis, [{1: 0.5}], "-", "red")  # a line would not be seen
-    assert axis.calls == [([1, 2], [0.5, 0.7], "--", "red"), ([1], [0.5], "-.", "red")]
-    axis = Axis()
-    _draw(axis, [{1: 0.0, 2: 4.0, 3: 9.0}, {2: 2.0, 1: 1.0}], ":", "blue")  # the steps that both have
-    assert axis.calls == [([1, 2], [0.5, 3.0], ":", "blue"), ([1, 2], [0.0, 2.0], [1.0, 4.0], "blue")]
+    page = Page(render([("run", [without, record("y") | {"clipped": None}], [])]))
+    assert [row["clipped"] for row in page.groups[0]["rows"]] == [[], []]
 
 
 def test_the_picture_has_what_the_logs_have():
-    def texts(**logs):
-        return re.findall("<text.*?>(.*?)</text>", draw_curves({name: [log] for name, log in logs.items()}))
+    def draw(**logs):
+        return read_curves(draw_curves({name: [log] for name, log in logs.items()}))
 
     assert draw_curves({"GRPO": [[]]}) == "" and draw_curves({"GRPO": [[{"step": 1, "lr": 1.0}]]}) == ""
-    alone = texts(GRPO=[{"step": 1, "reward": 0.5}])
-    assert "reward" in alone and "seconds" not in alone and alone.count("step") == 1
+    assert draw(GRPO=[{"step": 1, "reward": 0.5}]) == {"reward": ([(COLORS[0], [(1, 0.5)])], [])}  # a dot
     log = [{"step": step, "step_time": 2.0, "generation_time": 1.0, "teacher/log_ratio": 0.1} for step in (1, 2)]
     log += [{"step": 2, "reward": 0.5, "eval_rewards/right/pass@1": 0.5, "clip_ratio/low_by_policy": 0.1}]
-    picture = texts(GRPO=[{"step": 1, "reward": 0.5}], RLAD=log)
-    titles = {"reward", "log(student / teacher), nats", "share of tokens clipped", "pass@1 in evaluation", "seconds"}
-    assert titles <= set(picture) and picture.count("step") == 5 + 1  # of each panel, and a line
+    log += [{"step": 2, "teacher/kl": 1.0, "teacher/top1": 0.9, "teacher/entropy": 0.2}]
+    titles = list(draw(GRPO=[{"step": 1, "reward": 0.5}], RLAD=log))
+    assert titles == [
+        "reward",
+        "student against teacher: log(student / teacher), nats",
+        "divergence from the teacher, nats",
+        "tokens that are the teacher's first choice, share",
+        "how undecided the teacher is: entropy, nats",
+        "tokens clipped, share",
+        "pass@1 in evaluation",
+        "seconds",
+    ]
     # Only lines that there are
-    assert {"generation", "right", "by the policy"} <= set(picture)
-    assert not {"scoring", "by the teacher", "rewarded"} & set(picture)
-    svg = draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
-    assert all(color in svg for color in COLORS) and "metadata" not in svg and "xmlns" not in svg
-    assert svg.startswith("<svg") and svg.count("<svg") == 1 and "currentColor" in svg and "XX" not in svg
-    assert svg == draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
+    html = draw_curves({"RLAD": [log]})
+    assert "generation" in html and "by the policy" in html and "right" in html
+    assert not re.search("scoring|by the teacher|rewarded", html)
+    html = draw_curves({name: [[{"step": 1, "reward": 0.5}]] for name in "abcdefg"})
+    assert all(color in html for color in COLORS)
 
 
 def test_the_parts_of_the_page():
-    body = re.search("<body>(.*)</body>", render([("run", [], [])]))[1]
-    assert body.startswith("<h1>What the teacher did</h1><p>There is nothing to see")
+    assert "There is nothing to see" in Page(render([("run", [], [])])).text
     log = [{"step": 1, "reward": 0.5}]
     curves, rollouts = render([("one", [], log), ("two", [], log)]), render([("run", [record()], [])])
     assert "<h2>Curves</h2>" in curves and "<h2>Rollouts</h2>" not in curves and "its band" not in curves
     assert "<h2>Rollouts</h2>" in rollouts and "<h2>Curves</h2>" not in rollouts
+    assert "<title>What the teacher did: one, two</title>" in curves
     keys = re.findall('<span class="key" style="background:(.*?)"></span>(\\w+)', curves)
     assert keys == [(COLORS[0], "one"), (COLORS[1], "two")]
     assert "its band" in render([("one", [], log), ("one", [], log)])
-    page = Page(render([("run", [record(str(i), gap=0.01 * i, group=i) for i in range(5)], [])]))
-    assert "5 of 5 groups" in page.text and page.text.count("run · step") == 5
-    page = render([("run", [record(str(i), group=i) for i in range(5)], [])])
-    assert page.count("<details open>") == 3 and page.count("</details><details") == 4
-    # A group that is longer than the page is shown all the same
-    both = [record("long", group=0), record("longer", group=1)]
-    assert list(Page(render([("run", both, [])], max_tokens=0)).tokens) == ["long"]
-    unread = Page(render([("run", [record("x") | {"teacher_logps": [None]}], [])]))
-    assert "changed by 0.00" in unread.text and "nothing to see" not in unread.text
-    legend = " > 4.0  > 2.0  > 1.0  > 0.3  > 0.1  0  < -0.1  < -0.3  < -1.0  < -2.0  < -4.0 "
-    assert f"log(student / teacher): {legend}" in unread.text
+    assert "orange: the student likes this token more than the teacher" in " ".join(Page(rollouts).text.split())
 
 
 FOREIGN = {
@@ -358,6 +326,9 @@ FOREIGN = {
     "no log-probability": [record() | {"teacher_logps": [900.0]}],
     "other cause": [record(clipped=3)],
     "no list": [record() | {"tokens": "ok"}],
+    "endless": [record() | {"part": [float("inf")]}],
+    "no number": [record() | {"rewards": [float("nan")]}],
+    "other names": [record() | {"named": ["x"], "named_logps": [[0.0]]}],
 }
 
 
@@ -374,7 +345,7 @@ def test_a_foreign_or_torn_file_of_rollouts_is_named_and_the_others_shown(kind, 
         files[0].write_bytes(files[0].read_bytes()[:-9] if content is None else content)
     with pytest.warns(UserWarning, match="rollouts_00001.parquet isn't a whole file of rollouts"):
         main([str(tmp_path / "run"), "--output", str(tmp_path / "view.html")])
-    assert list(Page((tmp_path / "view.html").read_text()).tokens) == ["seen"]
+    assert Page((tmp_path / "view.html").read_text()).texts == ["seen"]
 
 
 @pytest.mark.parametrize(
@@ -397,12 +368,7 @@ def test_what_is_no_number_in_a_log_is_not_drawn(tmp_path):
     (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     main([str(tmp_path / "run"), "--output", str(tmp_path / "view.html")])
     page = (tmp_path / "view.html").read_text()
-    assert "script" not in page and "$x_{$" in page
-
-
-def test_step_and_group_are_only_text():
-    page = render([("run", [record() | {"step": "<script>1</script>", "group": "<b>"}], [])])
-    assert not Page(page).names & {"script", "b"}
+    assert page.count("<script>") == 1 and "$x_{$" in page
 
 
 def test_command(tmp_path, capsys):
@@ -416,15 +382,62 @@ def test_command(tmp_path, capsys):
 
     def view(*arguments):
         main([*map(str, arguments), "--output", str(output)])
-        assert capsys.readouterr().out == f"Wrote {output}\n"
+        assert f"Wrote {output}, " in capsys.readouterr().out
         return Page(output.read_text(encoding="utf-8"))
 
     for step in range(3):  # 0 is that of a probe
         page = view(f"RLAD={run}", "--step", step)
-        assert list(page.tokens) == [f"ü{step}", f"é{step}"] and "RLAD" in page.text and "svg" in page.names
+        assert page.texts == [f"ü{step}", f"é{step}"] and "RLAD" in page.text and "svg" in page.names
     # Without a name it is that of the folder or the file; and no more than a group for so few tokens
-    assert "run · step" in view(run).text and len(view(run).tokens) == 6
+    page = view(run)
+    assert {group["run"] for group in page.groups} == {"run"} and len(page.texts) == 6
     page = view(run / "rollouts" / "rollouts_00001.parquet", "--tokens", 1)
-    assert "rollouts_00001 · step" in page.text and list(page.tokens) == ["ü1"]
+    assert page.groups[0]["run"] == "rollouts_00001" and page.texts == ["ü1"]
     with pytest.raises(SystemExit, match="no run at"):
         main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="There are no rollouts of step 7: there are those of 0, 1, 2."):
+        main([str(run), "--step", "7"])
+
+
+def test_the_command_takes_the_newest_run_writes_into_its_folder_and_says_what_there_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="There is no run here"):
+        main([])
+    for age, name in enumerate(("outputs/new", "old", "outputs/deep/older")):
+        write_log(tmp_path / name / "checkpoint-2", 2)
+        os.utime(tmp_path / name / "checkpoint-2" / "trainer_state.json", (1e9 - age, 1e9 - age))
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    main(["--open"])
+    said = capsys.readouterr().out
+    assert (
+        "new: no rollouts (they are written with a teacher, unless `log_rollouts` is false); curves of steps 1 to 2"
+        in said
+    )
+    assert "Wrote outputs/new/view.html, " in said
+    assert opened == [(tmp_path / "outputs/new/view.html").as_uri()]
+    # Rollouts are younger, and there is no log yet
+    (tmp_path / "old" / "rollouts").mkdir()
+    pq.write_table(
+        pa.Table.from_pylist([record(), record("b", group=1)]), tmp_path / "old/rollouts/rollouts_00001.parquet"
+    )
+    (tmp_path / "old" / "checkpoint-2" / "trainer_state.json").unlink()
+    main([])
+    said = capsys.readouterr().out
+    assert "old: 2 completions in 2 groups, 2 tokens, step 1; no curves (there is no trainer_state.json yet)" in said
+    # Several: into the folder of all
+    main(["outputs/new", "A=outputs/deep/older"])
+    assert "Wrote outputs/view.html" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="nothing to see"):
+        main(["empty"])
+    assert not (tmp_path / "empty" / "view.html").exists()
+
+
+def test_a_name_ends_at_the_first_equals_sign(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "lr=1", 2)
+    main(["NAME=lr=1"])
+    assert capsys.readouterr().out.startswith("NAME: ")
+    main(["lr=1"])  # a folder of this name
+    assert capsys.readouterr().out.startswith("lr=1: ")

@@ -10,6 +10,7 @@ from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     PaddleOCRVLProcessor,
     PreTrainedTokenizerFast,
     Qwen3_5Config,
@@ -149,6 +150,23 @@ def save_model(path, seed, tokenizer=None, **kwargs):
     """Save a random model with its tokenizer, and return the path as a string."""
     tokenizer = tokenizer or make_tokenizer()
     make_model(seed, tokenizer=tokenizer, **kwargs).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def save_renamed(path, source):
+    """
+    Save the model at `source` with other ids for its words, and its rows with them: another tokenizer, the same model.
+    """
+    tokenizer = make_tokenizer(WORDS[::-1])
+    model = AutoModelForCausalLM.from_pretrained(source)
+    old, order = make_tokenizer().get_vocab(), torch.arange(model.config.vocab_size)
+    for word, id in tokenizer.get_vocab().items():
+        order[id] = old[word]
+    with torch.no_grad():
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.weight.copy_(part.weight[order].clone())
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 

@@ -115,6 +115,8 @@ def log_of_step(
             if k:
                 seen["teacher/top1"].append(theirs.argmax() == id)
                 seen["teacher/entropy"].append(entropy(theirs, k))
+                top = theirs.topk(k)
+                seen["teacher/named_mass"].append(top.values[top.indices < 32].exp().sum())
             if name:
                 seen[f"teacher/{name}/log_ratio"].append(gap)
                 for each in teacher:

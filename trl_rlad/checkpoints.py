@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .config import RLADConfig
 from .teachers import Teacher
@@ -30,6 +32,18 @@ _OF_TRAINING = set(
     "adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha per_device_train_batch_size "
     "gradient_accumulation_steps seed data_seed bf16 fp16".split()
 )
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, or `None`. A killed run may leave a torn one."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda path: -int(path.name.partition("-")[2])):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # what transformers writes last
+            return str(folder)
+        except (OSError, ValueError):
+            warnings.warn(f"{folder} was not written to its end, so it is passed over.", stacklevel=2)
+    return None
 
 
 def describe_teacher(teacher: Teacher, temperature: float) -> dict[str, Any]:

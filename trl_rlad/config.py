@@ -70,6 +70,7 @@ RULES = (
     # Any text would count as true
     Rule("teacher_credit", lambda value: isinstance(value, bool), "be True or False"),
     Rule("trim_padding", lambda value: isinstance(value, bool), "be True or False"),
+    Rule("log_rollouts", lambda value: isinstance(value, bool), "be True or False"),
     Rule("teacher_model_init_kwargs", _optional(lambda value: isinstance(value, dict)), JSON),
     Rule("alpha", lambda value: 0.0 <= value <= 1.0, "be in [0, 1] (1: GRPO, 0: the teacher alone)"),
     Rule("teacher_log_ratio_clip", _optional(lambda value: value > 0.0), "be positive", BOUND),
@@ -196,6 +197,13 @@ class RLADConfig(GRPOConfig):
             similar lengths share a micro-batch, which is cut to the widest of them. It changes a step by rounding
             only. `False` is TRL's way, bit for bit.
 
+        > What is written down
+
+        log_rollouts (`bool`, *optional*, defaults to `True`):
+            Whether a run with a teacher, or with `log_completions`, writes to `rollouts/` in `output_dir` what student
+            and teacher make of each token of a few groups, for `trl-rlad view`: with each log, in at most 100 files of
+            less than 1 MB.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], as in the paper:
     > - `epsilon_high`: Defaults to `0.28` instead of `None`.
@@ -238,6 +246,9 @@ class RLADConfig(GRPOConfig):
 
     # The student's passes
     trim_padding: bool = True
+
+    # What is written down
+    log_rollouts: bool = True
 
     def __new__(cls, *args, **kwargs):
         parameters = signature(cls.__init__).parameters  # a subclass may have others

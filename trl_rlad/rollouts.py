@@ -1,163 +1,124 @@
-"""What student and teacher make of each token of a rollout: as records, and into the folder of a run."""
+"""Rollouts as records: which are kept, how they are written and read. Without torch, which takes seconds to import."""
 
-from itertools import pairwise
+import warnings
+from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-
-from .runs import CLIPPED, FOLDER
 
 
-GROUPS = 4  # of one generation batch: enough to see what happens, and a few hundred KB each
+FOLDER = "rollouts"  # in a run's `output_dir`
+# What a file of rollouts must have to be read again
+NUMBERS, TEXTS = pa.list_(pa.float64()), pa.list_(pa.string())
+TYPES = {"step": pa.int64(), "group": pa.int64(), "prompt": pa.string(), "reward": pa.float64()}
+TYPES |= {"advantage": pa.float64(), "tokens": TEXTS, "logps": NUMBERS, "teacher_logps": NUMBERS}
+# What it may have: of each token, and of the completion
+IDS = pa.list_(pa.int64())
+OF_TOKENS = {"ids": IDS, "clipped": IDS, "part": NUMBERS, "named": pa.list_(TEXTS), "named_logps": pa.list_(NUMBERS)}
+OF_ROWS = {"split": pa.string(), "kind": pa.string(), "teacher": pa.string(), "solved": pa.bool_(), "rewards": NUMBERS}
+KNOWN = TYPES | OF_TOKENS | OF_ROWS | {"row": pa.int64()}
+CLIPPED = ("", "teacher", "policy")  # by what the clipping has dropped a token from the gradient
+KINDS = ("changed most", "failed", "solved", "random")  # why a group is kept
+GROUPS = 2  # of each kind, in one file
+TOKENS = 60_000  # in one file, which take less than 1 MB
 
 
-def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds to what comes before it, its space included."""
-    if not ids:
-        return []
-    alone = tokenizer.batch_decode([[id] for id in ids], clean_up_tokenization_spaces=False)
-    pairs = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)], clean_up_tokenization_spaces=False)
-    followed = zip(pairs, alone, alone[1:], strict=False)
-    # Half a character isn't the beginning of the whole one: then the token's own text, whatever it is
-    return alone[:1] + [pair.removeprefix(a) if pair.startswith(a) else b for pair, a, b in followed]
+def log_ratios(record: dict) -> list[float | None]:
+    """log(student / teacher) at each token of a record, in nats, `None` where the teacher has scored nothing."""
+    pairs = zip(record["logps"], record["teacher_logps"], strict=True)
+    return [None if teacher is None else student - teacher for student, teacher in pairs]
 
 
-def describe_rollouts(
-    batch: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    columns: dict[str, torch.Tensor],
-    rows: list[int] | None = None,
-) -> list[dict]:
+def choose_groups(parts: Mapping[int, float], solved: Mapping[int, list[bool | None]], seed: int) -> dict[int, str]:
     """
-    Rollouts as records, one for each completion, without padding.
+    A few groups of each of `KINDS`. The failed are those without a success, the solved those without a failure.
 
     Args:
-        batch (`dict[str, torch.Tensor]`):
-            `prompt_ids` and `prompt_mask` of shape `(B, P)`, `completion_ids` and `completion_mask` of shape `(B, T)`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            What turns them into text.
-        columns (`dict[str, torch.Tensor]`):
-            Further values by name, of shape `(B,)` or `(B, T)`.
-        rows (`list[int]`, *optional*):
-            Which rows. `None` takes all.
+        parts (`Mapping[int, float]`):
+            The size of the teacher's part in the loss of each group.
+        solved (`Mapping[int, list[bool | None]]`):
+            Whether each of its completions has succeeded; `None` where no reward function can judge.
+        seed (`int`):
+            Of the random ones.
 
     Returns:
-        `list[dict]`: with `prompt`, `ids`, `tokens` (a text for each id), and the columns: a number or a list of one
-        for each token, `None` for NaN.
+        `dict[int, str]`: the kind of each group that is chosen.
     """
-    prompts, completions = (
-        [ids[mask.bool()].tolist() for ids, mask in zip(batch[f"{part}_ids"], batch[f"{part}_mask"], strict=True)]
-        for part in ("prompt", "completion")
-    )
-    columns = {name: values.tolist() for name, values in columns.items()}
-    records = []
-    for row in range(len(completions)) if rows is None else rows:
-        ids = completions[row]
-        record = {"prompt": tokenizer.decode(prompts[row]), "ids": ids, "tokens": split_text(ids, tokenizer)}
-        for name, values in columns.items():
-            value = values[row]
-            value = list(map(_known, value[: len(ids)])) if isinstance(value, list) else _known(value)
-            record[name] = value
-        records.append(record)
+    by_part = sorted(parts, key=lambda group: -parts[group])
+    failed = [group for group in by_part if False in solved[group] and True not in solved[group]]
+    all_solved = [group for group in by_part if set(solved[group]) == {True}]
+    chosen: dict[int, str] = {}
+    for kind, groups in zip(
+        KINDS, (by_part, failed, all_solved, Random(seed).sample(by_part, len(by_part))), strict=True
+    ):
+        chosen |= dict.fromkeys([group for group in groups if group not in chosen][:GROUPS], kind)
+    return chosen
+
+
+def write_rollouts(records: list[dict], path: Path):
+    """Write records as Parquet, to be read by [`read_rollouts`]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(name for record in records for name in record)
+    types = {name: _half(KNOWN[name]) for name in names}
+    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(types)), path, compression="zstd")
+
+
+def _half(kind: pa.DataType) -> pa.DataType:
+    """The type that takes half the place."""
+    if pa.types.is_list(kind):
+        return pa.list_(_half(kind.value_type))
+    return {pa.float64(): pa.float32(), pa.int64(): pa.int32()}.get(kind, kind)
+
+
+def _fits(kind: pa.DataType, known: pa.DataType) -> bool:
+    """Whether values of one type can be taken for those of the other."""
+    if pa.types.is_list(kind) and pa.types.is_list(known):
+        return _fits(kind.value_type, known.value_type)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) and pa.types.is_floating(known)
+    is_number = is_number and (pa.types.is_integer(known) or pa.types.is_floating(known))
+    return pa.types.is_null(kind) or kind == known or is_number
+
+
+def read_rollouts(path: str | Path) -> list[dict]:
+    """The records of a Parquet file, or of all those in the folder `rollouts` of a run. A file that was not written to
+    its end, or has something else in it, is passed over with a warning."""
+    path, records = Path(path), []
+    for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
+        try:
+            records += _read(file)
+        except (OSError, TypeError, ValueError, pa.ArrowException) as error:
+            warnings.warn(f"{file} isn't a whole file of rollouts, so it is passed over: {error}", stacklevel=2)
     return records
 
 
-def _known(value):
-    return None if value != value else value
-
-
-class RolloutLog(TrainerCallback):
-    """
-    Writes with `log_completions`, beside TRL's tables, what student and teacher make of each token of a few groups,
-    for `trl-rlad view`; and gives those tables a column `teacher_log_ratio`.
-
-    The groups are the first ones with signal of the last generation batch, those of the main process. They go to
-    `rollouts/rollouts_STEP.parquet` in the run's folder, one row for each completion: see [`describe_rollouts`].
-    STEP is that of the log; what student and teacher make of a completion is of the last loss before it.
-
-    Args:
-        trainer ([`RLADTrainer`]):
-            Its guide calls `choose` and `record`.
-    """
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.is_in_table = False  # whether TRL's table has the rows of this generation batch, and not an evaluation's
-        self._forget()
-
-    def _forget(self):
-        # All by the row in the generation batch of all processes
-        self.rewards: dict[int, float | None] = {}  # of the chosen ones
-        self.log_ratios: dict[int, float | None] = {}  # means of all
-        self.records: dict[int, dict] = {}  # of the chosen ones
-
-    def choose(self, batch: dict, rewards: torch.Tensor) -> dict:
-        """Number the rows of a generation batch, `rollout`, and choose what is to be kept. `rewards` are of shape
-        `(B,)`."""
-        self.is_in_table = self.trainer.model.training
-        if not self.is_in_table:
-            return batch
-        self._forget()
-        advantages = batch["advantages"].reshape(len(rewards), -1)
-        numbers = torch.arange(len(rewards), device=advantages.device)
-        numbers += len(rewards) * self.trainer.accelerator.process_index
-        if self.trainer.accelerator.is_main_process:
-            groups = numbers // self.trainer.num_generations
-            with_signal = groups[(advantages != 0).any(1)].unique().tolist()[:GROUPS]
-            rows = [row for row, group in enumerate(groups.tolist()) if group in with_signal]
-            self.rewards = {int(numbers[row]): _known(float(rewards[row])) for row in rows}
-        return {**batch, "rollout": numbers}
-
-    def record(self, per_token_logps: torch.Tensor, causes: dict[str, torch.Tensor], batch: dict):
-        """
-        Keep what is wanted of a micro-batch. Called by all processes at once.
-
-        Args:
-            per_token_logps (`torch.Tensor` of shape `(B, T)`):
-                Log-probabilities under the student, in nats.
-            causes (`dict[str, torch.Tensor]`):
-                What the clipping drops, see [`~trl_rlad.objective.clipping.clip_causes`].
-            batch (`dict`):
-                The micro-batch, with the numbers that `choose` has given to its rows.
-        """
-        if "rollout" not in batch:
-            return
-        trainer, logps = self.trainer, per_token_logps.detach().float()
-        teacher = torch.full_like(logps, float("nan"))
-        if "teacher_per_token_logps" in batch:
-            teacher = torch.where(batch["teacher_mask"], batch["teacher_per_token_logps"], teacher)
-        means = (logps - teacher).nanmean(1)
-        for number, mean in trainer.accelerator.gather(torch.stack([batch["rollout"].float(), means], dim=1)).tolist():
-            self.log_ratios[int(number)] = _known(round(mean, 4))
-
-        numbers = batch["rollout"].tolist()
-        rows = [row for row, number in enumerate(numbers) if number in self.rewards]
-        if not rows:
-            return
-        clipped = torch.zeros_like(logps, dtype=torch.long)
-        for name, is_clipped in causes.items():
-            clipped = clipped.masked_fill(is_clipped, CLIPPED.index(name.partition("_by_")[2]))
-        columns = {
-            "row": batch["rollout"],
-            "advantage": batch["advantages"].reshape(len(numbers), -1).mean(1),
-            "logps": logps,
-            "teacher_logps": teacher,
-            "clipped": clipped,
-        }
-        for record in describe_rollouts(batch, trainer.tokenizer, columns, rows):
-            number = record["row"]
-            group = number // trainer.num_generations
-            self.records[number] = {"group": group, **record, "reward": self.rewards[number]}
-
-    def on_log(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        self.trainer.fill_column("teacher_log_ratio", self.log_ratios if self.is_in_table else {})
-        if self.records:
-            path = Path(args.output_dir, FOLDER, f"{FOLDER}_{state.global_step:05d}.parquet")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            records = [{"step": state.global_step, **self.records[number]} for number in sorted(self.records)]
-            pq.write_table(pa.Table.from_pylist(records), path)
+def _read(file: Path) -> list[dict]:
+    table = pq.read_table(file)
+    if missing := TYPES.keys() - set(table.column_names):
+        raise ValueError(f"it has no column {sorted(missing)[0]}")
+    for each in table.schema:
+        if each.name in KNOWN and not _fits(each.type, KNOWN[each.name]):
+            raise TypeError(f"its column {each.name} has the type {each.type}")
+    records = table.to_pylist()
+    for record in records:
+        length = len(record["tokens"])
+        teacher_logps = record["teacher_logps"] = record["teacher_logps"] or [None] * length
+        optional = [record[name] for name in OF_TOKENS if record.get(name)]
+        lengths = {length, len(record["logps"]), len(teacher_logps), *map(len, optional)}
+        logps = record["logps"] + [x for x in teacher_logps if x is not None]
+        values = [record[name] for name in TYPES if name not in ("reward", "teacher_logps")]
+        parts = record.get("part") or []
+        is_whole = len(lengths) == 1 and None not in [*values, *record["tokens"], *record["logps"], *parts]
+        kinds = {None, *range(len(CLIPPED))}
+        numbers = [*logps, *parts, record["advantage"], record["reward"] or 0.0]
+        numbers += filter(None, record.get("rewards") or [])
+        if (
+            not is_whole
+            or not all(map(isfinite, numbers))
+            or not all(x <= 1.0 for x in logps)
+            or not set(record.get("clipped") or ()) <= kinds
+        ):
+            raise ValueError("not every token has what belongs to it")
+    return records

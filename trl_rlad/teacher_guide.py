@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from statistics import mean
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -10,14 +11,16 @@ from accelerate.utils import is_peft_model
 from ._trl.loss_call import loss_is_patched
 from ._trl.names import CLIPPED_LOSS_TYPES, loss_mask
 from ._trl.seam import Guide, Rollouts
+from .alignment import spread
 from .columns import IN_BATCH, NO_PROMPTS, check_prompts, read_weights
 from .evaluation import pass_at_k
 from .lm_head import LMHead
 from .objective.clipping import Clipping
 from .objective.guidance import Guidance, Scores, guide, kl_mask, two_dimensional
 from .objective.schedule import Terms
-from .rollouts import RolloutLog
+from .rollout_log import RolloutLog
 from .scoring import TeacherScorer
+from .teachers.by_text import MAX_UNALIGNED, unaligned_message
 
 
 logger = get_logger(__name__)
@@ -70,8 +73,7 @@ class TeacherGuide(Guide):
         if not trainer.model.training:
             self._log_pass_at_k(rewards_per_func)
         if self.rollout_log is not None:
-            rewards = trainer.of_this_process(trainer.total_reward(rewards_per_func))
-            batch = self.rollout_log.choose(batch, rewards)
+            batch = self.rollout_log.number(batch, trainer.total_reward(rewards_per_func))
         if self.scorer is None:
             return batch
         if not terms.asks_teacher:
@@ -123,13 +125,14 @@ class TeacherGuide(Guide):
         if trainer.loss_type in CLIPPED_LOSS_TYPES:
             level = trainer.importance_sampling_level
             clipping = Clipping(trainer.epsilon_low, trainer.epsilon_high, level, loss_mask(batch))
+        batch = spread_scores(batch, old_per_token_logps)
         scores = self.read_scores(batch, terms)
         guidance = guide(terms, per_token_logps, old_per_token_logps, scores, batch["advantages"], clipping)
         if self.scorer is not None:
             trainer.log_value("teacher/kl_coef", terms.kl_coef)
         trainer.log_means(guidance.tokens | self._of_each_teacher(guidance.tokens, batch))
         if self.rollout_log is not None:
-            self.rollout_log.record(per_token_logps, guidance.causes, batch)
+            self.rollout_log.record(per_token_logps, guidance, batch)
         return guidance
 
     @staticmethod
@@ -155,18 +158,22 @@ class TeacherGuide(Guide):
         assert self.scorer is not None
         return None if "" in self.scorer.scorers else [row.get("teacher_id") for row in rows]
 
-    def teacher_prompts(self, rows: list[dict]) -> list[list[int] | None] | None:
-        """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read."""
+    def teacher_prompts(self, rows: list[dict]) -> list | None:
+        """Token ids of the rows' column `teacher_prompt`; `None` where the teacher reads what the student has read. Of
+        a teacher with another tokenizer, the prompts themselves."""
         assert self.scorer is not None
         given = [row.get("teacher_prompt") for row in rows]
         check_prompts(given, IN_BATCH)
         if not all(teacher.is_frozen or "teacher_prompt" in rows[0] for teacher in self.scorer.teachers.values()):
             raise ValueError(NO_PROMPTS)  # a stream is only known now
-        if not any(given):
-            return None
-        # TRL tokenizes one prompt for each row
-        ids = self.trainer.tokenize_prompts([prompt or next(filter(None, given)) for prompt in given])
-        return [own if prompt else None for own, prompt in zip(ids, given, strict=True)]
+        by_text = self.scorer.by_text(self.teacher_ids(rows), len(rows))
+        prompts: list[Any] = [None] * len(rows)
+        if any(given):  # TRL tokenizes one prompt for each row
+            ids = self.trainer.tokenize_prompts([prompt or next(filter(None, given)) for prompt in given])
+            prompts = [own if prompt else None for own, prompt in zip(ids, given, strict=True)]
+        for i in (i for i, is_text in enumerate(by_text) if is_text):
+            prompts[i] = given[i] or rows[i]["prompt"]
+        return prompts if any(prompts) else None
 
     def select_for_kl(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         """Which of this process's completions have the divergence, bool of shape `(B,)`."""
@@ -213,11 +220,17 @@ class TeacherGuide(Guide):
         if "teacher_index" in scores:
             for name, scorer in self.scorer.scorers.items():
                 trainer.log_value(f"teacher/{name}/scoring_time", scorer.seconds)
-        if "teacher_top_ids" in scores:
-            names = ("entropy", "top1")
-            trainer.log_means(
-                {f"teacher/{name}": (scores.pop(f"teacher_{name}"), scores["teacher_mask"]) for name in names}
-            )
+        mask = scores["teacher_mask"]
+        names = ("entropy", "top1", "named_mass") if "teacher_top_ids" in scores else ()
+        if "teacher_first" in scores:
+            unaligned = scores.pop("teacher_unaligned")
+            trainer.log_means({"teacher/unaligned": (unaligned.float(), unaligned | mask)})
+            share = trainer.last_value("teacher/unaligned")
+            if share > MAX_UNALIGNED:
+                raise ValueError(unaligned_message(share, "a generation batch"))
+            # Named are tokens in the place of the first one of a chunk alone
+            mask = mask & (scores["teacher_first"] == torch.arange(mask.size(1), device=mask.device))
+        trainer.log_means({f"teacher/{name}": (scores.pop(f"teacher_{name}"), mask) for name in names})
 
     def _of_each_teacher(self, tokens, batch):
         """The log-ratio of each of several teachers, and its share of the tokens."""
@@ -230,6 +243,19 @@ class TeacherGuide(Guide):
             metrics[f"teacher/{name}/log_ratio"] = log_ratio, mask & mine
             metrics[f"teacher/{name}/tokens"] = mine.float(), mask
         return metrics
+
+
+def spread_scores(batch: dict, old_per_token_logps: torch.Tensor) -> dict:
+    """A micro-batch with the scores of chunks, if there are any, spread over their tokens."""
+    if "teacher_first" not in batch:
+        return batch
+    parts = (
+        batch["teacher_per_token_logps"],
+        old_per_token_logps.float(),
+        batch["teacher_first"],
+        batch["teacher_mask"],
+    )
+    return {**batch, "teacher_per_token_logps": spread(*parts)}
 
 
 def select_named(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:

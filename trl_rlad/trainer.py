@@ -14,16 +14,15 @@ from transformers import PreTrainedModel
 
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
-from .checkpoints import RunRecord, describe_settings
+from .checkpoints import RunRecord, describe_settings, last_checkpoint
 from .columns import NAMES, NO_PROMPTS, check_prompts, check_readers, number_teachers, read_weights
 from .config import RLADConfig, did_you_mean
 from .model_card import write_model_card
-from .rollouts import RolloutLog
-from .runs import last_checkpoint
+from .rollout_log import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
 from .scoring.watchdog import check_agreement
 from .teacher_guide import TeacherGuide
-from .teachers import TokenContract, check_settings_of_servers, create_teacher
+from .teachers import TextContract, TokenContract, check_settings_of_servers, create_teacher
 from .teachers.contract import PROMPTS_TO_MEASURE
 
 
@@ -65,7 +64,7 @@ class RLADTrainer(GuidedGRPOTrainer):
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict` of these by name, *optional*):
             The teacher, by its name on the Hub, its local path (of an adapter too), or as a loaded model; or `"base"`,
             the base model of a student that trains an adapter, or `"self"`, the student as it is, which reads the
-            dataset's column `teacher_prompt`. It must give the student's token ids the student's meaning. Of several
+            dataset's column `teacher_prompt`. With another tokenizer than the student's it is given text. Of several
             teachers, each scores the rows that have its name in the dataset's column `teacher_id`.
             Beside `teacher_server_urls` it is the served model's name, or a name or path that has its tokenizer, and
             may be left out; without them, only for `alpha=1.0` without a `teacher_kl_coef`.
@@ -116,7 +115,8 @@ class RLADTrainer(GuidedGRPOTrainer):
 
         self._check_data(teachers)
         self.teacher_scorer: Any = self._create_scorer(teachers) if teachers else None
-        self.rollout_log = RolloutLog(self) if args.log_completions else None
+        keeps_rollouts = args.log_rollouts and (teachers or args.log_completions)
+        self.rollout_log = RolloutLog(self) if keeps_rollouts else None
         self.run_record = RunRecord(args, self.teacher_scorer.teachers if self.teacher_scorer else {})
         for callback in filter(None, (self.teacher_scorer, self.rollout_log, self.run_record)):
             self.add_callback(callback)
@@ -194,6 +194,14 @@ class RLADTrainer(GuidedGRPOTrainer):
         teacher = create_teacher(teacher_model, args, self.accelerator, student, tokenizer, urls, bases)
         processor: Any = self.processing_class if self.is_vision_language_model else None
         contract = TokenContract.between(tokenizer, teacher, self.eos_token_ids, processor)
+        if contract is None:
+            if self.rollout_func is not None or self.environment_factories is not None:
+                raise ValueError(
+                    "`teacher_model` reads the student's token ids differently, so it has to be given the text, but "
+                    "what a `rollout_func` or an environment makes of a prompt is known as token ids alone. Choose a "
+                    "`teacher_model` that shares the student's tokenizer."
+                )
+            contract = TextContract(tokenizer, teacher, self.eos_token_ids, self.tools, self.chat_template_kwargs)
         for dataset in self._datasets():
             contract.check_dataset(dataset, tokenizer, self.max_completion_length)
         parts: Any = teacher, self.accelerator, args.teacher_tokens_per_batch, contract

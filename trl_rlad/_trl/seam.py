@@ -217,6 +217,10 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
         """Log a metric that all processes agree on."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
+    def last_value(self, name: str) -> float:
+        """What was logged last of a metric."""
+        return self._metrics["train" if self.model.training else "eval"][name][-1]
+
     def fill_column(self, name: str, values: dict[int, float | None]):
         """Fill a column of the table that `log_completions` writes, by the number of the row, else with `None`."""
         self._logs["extra"][name] = [values.get(row) for row in range(len(self._logs["prompt"]))]

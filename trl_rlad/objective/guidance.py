@@ -30,6 +30,7 @@ class Guidance(NamedTuple):
     penalty: torch.Tensor | None = None  # (B, T), added to the loss of each token, as the KL from a reference model is
     tokens: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # values to look at, and the weights of their means
     causes: dict[str, torch.Tensor] = {}  # what the clipping drops, see `clip_causes`
+    part: torch.Tensor | None = None  # (B, T), by how much the teacher changes each token's loss; not negative
 
 
 def kl_mask(terms: Terms, mask: torch.Tensor, kl_on: torch.Tensor) -> torch.Tensor:
@@ -74,8 +75,9 @@ def guide(
         kl = _divergence(terms, logps, scores, mask)
         tokens["teacher/kl"] = kl.detach(), mask
         penalty = terms.kl_coef * (1.0 if scores.weight is None else scores.weight) * kl
+    part = None if penalty is None else penalty.detach().abs()
     if terms.distilling:  # whatever the reward says
-        return Guidance(None, torch.zeros_like(advantages), penalty, tokens)
+        return Guidance(None, torch.zeros_like(advantages), penalty, tokens, part=part)
 
     by_token = two_dimensional(advantages)
     if scores is not None and (terms.ratio or terms.credit):
@@ -88,13 +90,17 @@ def guide(
             tokens[f"teacher/log_ratio_{name}"] = diagnostics["log_ratio"], scores.mask & is_side
     if terms.credit and anchor is not None:
         # A rewarded token counts for more where the teacher likes it better, a punished one for less
-        credit = ((anchor - old_logps) * by_token.sign()).exp()
-        return Guidance(None, by_token * credit, penalty, tokens, _causes(logps, old_logps, None, by_token, clipping))
+        credited = by_token * ((anchor - old_logps) * by_token.sign()).exp()
+        part = _add_change(part, logps - old_logps, logps - old_logps, credited, by_token, clipping)
+        causes = _causes(logps, old_logps, None, by_token, clipping)
+        return Guidance(None, credited, penalty, tokens, causes, part)
     causes = _causes(logps, old_logps, anchor, by_token, clipping)
     if clipping is not None and anchor is not None:
         weights = clipping.mask if clipping.level == "token" else torch.ones_like(causes["low_by_policy"])
         tokens |= {f"clip_ratio/{name}": (is_clipped, weights) for name, is_clipped in causes.items()}
-    return Guidance(anchor, None, penalty, tokens, causes)
+    if anchor is not None:
+        part = _add_change(part, logps - anchor, logps - old_logps, by_token, by_token, clipping)
+    return Guidance(anchor, None, penalty, tokens, causes, part)
 
 
 def _divergence(terms, logps, scores, mask):
@@ -113,6 +119,22 @@ def _causes(logps, old_logps, anchor, advantages, clipping):
     if clipping.level == "sequence":
         log_ratios = [sequence_log_ratio(log_ratio, clipping.mask) for log_ratio in log_ratios]
     return clip_causes(*log_ratios, advantages, clipping.epsilon_low, clipping.epsilon_high)
+
+
+def _add_change(part, log_ratio, policy_log_ratio, advantages, policy_advantages, clipping):
+    """`part`, and by how much GRPO's objective of each token is another one than the policy's alone, `(B, T)`."""
+    change = _objective(log_ratio, advantages, clipping) - _objective(policy_log_ratio, policy_advantages, clipping)
+    return change.detach().abs().expand_as(log_ratio) + (0.0 if part is None else part)
+
+
+def _objective(log_ratio, advantages, clipping):
+    if clipping is None:
+        return log_ratio.exp() * advantages
+    if clipping.level == "sequence":
+        log_ratio = sequence_log_ratio(log_ratio, clipping.mask)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clipping.epsilon_low, 1 + clipping.epsilon_high)
+    return torch.min(ratio * advantages, clipped * advantages)
 
 
 def two_dimensional(advantages: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..evaluation import pass_at_k
-from ..runs import log_ratios
+from ..rollouts import log_ratios
 
 
 STUDY = Path(__file__).with_name("study.json")
@@ -44,10 +44,10 @@ def report(
 
     Args:
         rollouts (`list[dict]`):
-            A record for each completion, see [`~trl_rlad.rollouts.describe_rollouts`]: `group` (number of its prompt),
-            `reward` (`None` where none can judge: neither a success nor a failure), `advantage`, `ids`, `logps` and
-            `teacher_logps` (in nats at each token, `None` where the teacher has no say), and if known `top1` (whether
-            the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
+            A record for each completion, see [`~trl_rlad.rollout_log.describe_rollouts`]: `group` (number of its
+            prompt), `reward` (`None` where none can judge: neither a success nor a failure), `advantage`, `ids`,
+            `logps` and `teacher_logps` (in nats at each token, `None` where the teacher has no say), and if known
+            `top1` (whether the token is the teacher's likeliest) and `entropy` (the teacher's, in nats).
         success_reward (`float`, *optional*, defaults to `0.0`):
             A completion has succeeded if its reward is higher.
         clip (`float`, *optional*, defaults to `1.0`):

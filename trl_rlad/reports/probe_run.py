@@ -24,8 +24,8 @@ from trl import GRPOTrainer
 from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
-from ..rollouts import describe_rollouts
-from ..teacher_guide import TeacherGuide
+from ..rollout_log import describe_rollouts
+from ..teacher_guide import TeacherGuide, spread_scores
 from ..trainer import RLADTrainer
 from .probe import Estimate, estimate
 
@@ -170,7 +170,7 @@ class ProbeGuide(TeacherGuide):
         return nullcontext()
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
-        mask = batch["teacher_mask"]
+        mask, batch = batch["teacher_mask"], spread_scores(batch, old_per_token_logps)
         columns = {
             "group": batch["group"],
             "reward": batch["reward"],
@@ -229,7 +229,7 @@ class Probe:
 
     Attributes:
         rollouts (`list[dict]`):
-            A record for each completion of all processes, see [`~trl_rlad.rollouts.describe_rollouts`].
+            A record for each completion of all processes, see [`~trl_rlad.rollout_log.describe_rollouts`].
     """
 
     def __init__(self, trainer: RLADTrainer):
@@ -256,6 +256,11 @@ class Probe:
         if not of_its_own or teachers[0].is_sharded:
             raise ValueError(
                 "`--sample_teacher` takes a single teacher that is a whole model in each process, and not the student."
+            )
+        if any(trainer.teacher_scorer.by_text(None, 1)):
+            raise ValueError(
+                "`--sample_teacher` takes a teacher with the student's tokenizer: sample this one with `trl-rlad "
+                "evaluate`."
             )
         if trainer.use_vllm:
             raise ValueError(

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import torch
+
+from ..alignment import Alignment
+from ..teachers import TokenContract
 
 
 @dataclass
@@ -14,6 +18,7 @@ class Row:
     prompt: torch.Tensor  # (P,), int64, as the teacher is to read it
     completion: torch.Tensor  # (T,), int64
     images: dict[str, torch.Tensor] = field(default_factory=dict)  # see `split_images`
+    alignment: Alignment | None = None  # with the student's tokens, if these are others
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -35,18 +40,31 @@ def hash_ids(ids: torch.Tensor) -> bytes:
 
 
 def make_row(
-    prompt: torch.Tensor, completion: torch.Tensor, wanted: torch.Tensor, images: dict[str, torch.Tensor] | None = None
+    contract: TokenContract,
+    prompt: Any,
+    completion: torch.Tensor,
+    wanted: torch.Tensor,
+    images: dict[str, torch.Tensor] | None = None,
 ) -> Row | None:
     """
     The row in which a teacher scores the tokens `wanted`, bool of shape `(T,)`, of a completion; `None` if there are
-    none.
+    none that it can score.
 
-    The completion ends with the last of them, as a causal model needn't run what comes behind. With images it is
-    whole, since their tensors cover all of it.
+    Args:
+        contract ([`~trl_rlad.teachers.TokenContract`]), prompt, completion, wanted:
+            What says how the teacher reads the row, and what its `read` takes.
+        images (`dict[str, torch.Tensor]`, *optional*):
+            See [`~trl_rlad._trl.names.split_images`].
+
+    The completion ends with the last of these tokens, as a causal model needn't run what comes behind. With images it
+    is whole, since their tensors cover all of it.
     """
     if not wanted.any():
         return None
-    return Row(prompt, completion if images else completion[: wanted.nonzero().max() + 1], images or {})
+    prompt, completion, wanted, alignment = contract.read(prompt, completion, wanted)
+    if not wanted.any():
+        return None
+    return Row(prompt, completion if images else completion[: wanted.nonzero().max() + 1], images or {}, alignment)
 
 
 def unpad(ids: torch.Tensor, mask: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from .._trl.names import split_images
 from ..columns import IN_BATCH, number_teachers
 from ..objective.teacher_kl import named_entropy
-from ..teachers import Teacher
+from ..teachers import Teacher, TokenScores
 from .row_scorer import RowScorer
 from .rows import Row, make_row, unpad
 from .watchdog import barrier_group, time_limit
@@ -87,7 +87,7 @@ class TeacherScorer(TrainerCallback):
 
     def begin(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Any],
         completions: Sequence[Sequence[int]],
         masks: Sequence[Sequence[int]],
         top_k: int = 0,
@@ -98,9 +98,8 @@ class TeacherScorer(TrainerCallback):
         self._numbers, self._top_k = self._number(teacher_ids, len(prompts)), top_k
         self._rows = []
         for prompt, ids, mask, number in zip(prompts, completions, masks, self._numbers.tolist(), strict=True):
-            completion = torch.tensor(ids, dtype=torch.long)
-            wanted = torch.tensor(mask, dtype=torch.bool) & self._contracts[number].is_known(completion)
-            self._rows.append(make_row(torch.tensor(prompt, dtype=torch.long), completion, wanted))
+            row = torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)
+            self._rows.append(make_row(self._contracts[number], prompt, *row))
         for scorer, mine in self._by_scorer(self._rows, self._numbers):
             scorer.begin(list(mine.values()), top_k)
 
@@ -119,7 +118,7 @@ class TeacherScorer(TrainerCallback):
         batch: dict[str, torch.Tensor],
         mask: torch.Tensor,
         top_k: int = 0,
-        prompts: Sequence[Sequence[int] | None] | None = None,
+        prompts: Sequence[Any] | None = None,
         teacher_ids: Sequence[str | None] | None = None,
         keeps_names: torch.Tensor | None = None,
     ) -> dict[str, Any]:
@@ -132,9 +131,9 @@ class TeacherScorer(TrainerCallback):
                 Tokens for which the teacher's log-probability is wanted. Rows without any are not scored at all.
             top_k (`int`, *optional*, defaults to `0`):
                 Number of the teacher's likeliest tokens to return beside each.
-            prompts (`Sequence[Sequence[int] | None]`, *optional*):
-                Token ids of each row's prompt as its teacher is to read it. `None`, of a row or of all, takes those of
-                the batch. Not read after `begin`.
+            prompts (`Sequence[Sequence[int] | str | list[dict] | None]`, *optional*):
+                Each row's prompt as its teacher is to read it: token ids or, see `by_text`, text or messages. `None`,
+                of a row or of all, takes the token ids of the batch. Not read after `begin`.
             teacher_ids (`Sequence[str | None]`, *optional*):
                 Names of the rows' teachers. `None` for a single teacher.
             keeps_names (`torch.Tensor` of shape `(B,)`, *optional*):
@@ -146,9 +145,13 @@ class TeacherScorer(TrainerCallback):
                 `teacher_per_token_logps`, `float32`, of the same shape, in nats, zero elsewhere. With `top_k` also two
                 lists with a tensor for each row, of shape `(N, k)` for the N tokens that are scored or `(0, k)`:
                 `teacher_top_ids`, `int32`, and `teacher_top_logps`, `float32`, in nats, where a token that can't be
-                named to the student has `-inf`; and `teacher_entropy` and `teacher_top1`, `float32` of shape `(B, T)`:
-                the entropy in nats of what is named, and whether the sampled token is the likeliest. Of several
-                teachers also `teacher_index`, `int64`, of shape `(B,)`.
+                named to the student has `-inf`; and `teacher_entropy`, `teacher_top1` and `teacher_named_mass`,
+                `float32` of shape `(B, T)`: the entropy in nats of what is named, whether the sampled token is the
+                likeliest, and how likely all that is named is. Of several teachers also `teacher_index`, `int64`, of
+                shape `(B,)`. If one of them is given text, also `teacher_first`, `int64`, the place of the first
+                token of each token's chunk, whose means `teacher_per_token_logps` then are, see
+                [`~trl_rlad.alignment.spread`]; and `teacher_unaligned`, bool, the wanted tokens that are in none:
+                both of shape `(B, T)`.
 
         Raises:
             `ValueError`: if a token id lies beyond the teacher's vocabulary, a row beyond its positions, or it can't
@@ -161,20 +164,27 @@ class TeacherScorer(TrainerCallback):
         for number, contract in enumerate(self._contracts):
             is_own = (numbers == number).to(ids.device).unsqueeze(1)
             mask = mask & (contract.is_known(ids) | ~is_own)
-        parts = self._by_scorer(self._make_rows(batch, mask, prompts), numbers)
+        rows = self._make_rows(batch, mask, prompts, numbers)
+        result: dict[str, Any] = {}
+        if any(contract.by_text for contract in self._contracts):
+            known, first = _read_alignments(rows, mask)
+            result = {"teacher_first": first, "teacher_unaligned": mask & ~known}
+            mask = mask & known
+        parts = self._by_scorer(rows, numbers)
         for scorer, mine in parts:  # by all processes, before one waits for another
             scorer.contract.check(list(mine.values()))
 
         self.calls += 1
         top_k = min(top_k, *(scorer.teacher.vocab_size for scorer in self.scorers.values()))
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        result: dict[str, Any] = {"teacher_per_token_logps": logps, "teacher_mask": mask}
+        result |= {"teacher_per_token_logps": logps, "teacher_mask": mask}
         if top_k:
             result |= {
                 "teacher_top_ids": [ids.new_empty(0, top_k, dtype=torch.int32)] * len(ids),
                 "teacher_top_logps": [logps.new_empty(0, top_k)] * len(ids),
                 "teacher_entropy": torch.zeros_like(logps),
                 "teacher_top1": torch.zeros_like(logps),
+                "teacher_named_mass": torch.zeros_like(logps),
             }
         keeps = [True] * len(ids) if keeps_names is None else keeps_names.tolist()
         with time_limit(self.timeout, f"call {self.calls} of TeacherScorer.score"):
@@ -182,7 +192,7 @@ class TeacherScorer(TrainerCallback):
                 places = list(mine)
                 for equal, scores in scorer.score(list(mine.values()), top_k):
                     for i in (places[number] for number in equal):
-                        self._put(result, i, ids[i], scores, scorer.contract, keeps[i])
+                        self._put(result, i, ids[i], scores, scorer.contract, mine[i].alignment, keeps[i])
         logps.masked_fill_(~mask, 0.0)
         if not logps.isfinite().all():
             raise FloatingPointError(
@@ -193,42 +203,52 @@ class TeacherScorer(TrainerCallback):
         return result if teacher_ids is None else result | {"teacher_index": numbers.to(ids.device)}
 
     @staticmethod
-    def _put(result, i, ids, scores, contract, keeps_names):
+    def _put(result, i, ids, scores, contract, alignment, keeps_names):
         """Put the scores of row `i`, whose completion is `ids`, into `result`."""
         mask = result["teacher_mask"][i]
         if scores is None:  # behind a URL that doesn't answer
             mask[:] = False
             return
-        length = len(scores.logps)
-        result["teacher_per_token_logps"][i, :length] = scores.logps
-        if "teacher_top_ids" not in result:
+        k = result["teacher_top_ids"][i].size(1) if "teacher_top_ids" in result else 0
+        named = (part[:, :k].to(ids.device) for part in (scores.top_ids, scores.top_logps))
+        logps, named, named_logps = contract.to_student(TokenScores(scores.logps.to(ids.device), *named), alignment)
+        length = len(logps)
+        result["teacher_per_token_logps"][i, :length] = logps
+        if not k:
             return
-        k = result["teacher_top_ids"][i].size(1)
-        named, logps = (part[:, :k].to(ids.device) for part in (scores.top_ids, scores.top_logps))
-        can_be_named = contract.can_be_named(named)
-        named, logps = named.where(can_be_named, 0), logps.masked_fill(~can_be_named, -float("inf"))
-        result["teacher_entropy"][i, :length] = named_entropy(logps)
-        result["teacher_top1"][i, :length] = ((named[:, 0] == ids[:length]) & can_be_named[:, 0]).float()
+        result["teacher_entropy"][i, :length] = named_entropy(named_logps)
+        result["teacher_top1"][i, :length] = ((named[:, 0] == ids[:length]) & named_logps[:, 0].isfinite()).float()
+        result["teacher_named_mass"][i, :length] = named_logps.exp().sum(1)
         if keeps_names:
             result["teacher_top_ids"][i] = named[mask[:length]].int()
-            result["teacher_top_logps"][i] = logps[mask[:length]]
+            result["teacher_top_logps"][i] = named_logps[mask[:length]]
 
-    def _make_rows(self, batch, mask, prompts) -> list[Row | None]:
+    def _make_rows(self, batch, mask, prompts, numbers) -> list[Row | None]:
         """The row of each completion with wanted tokens: that of `begin`, if there is one."""
         begun, self._rows = self._rows, None
         images, wanted = split_images(batch), mask.cpu()
         if begun is not None and not any(images):
             return [row if is_wanted else None for row, is_wanted in zip(begun, wanted.any(1).tolist(), strict=True)]
         prompts = prompts or [None] * len(images)
-        if any(own is not None and image for own, image in zip(prompts, images, strict=True)):
+        contracts = [self._contracts[number] for number in numbers.tolist()]
+        if any(
+            own is not None and image and not contract.by_text
+            for own, image, contract in zip(prompts, images, contracts, strict=True)
+        ):
             raise ValueError("A row with images can't have a `teacher_prompt`: its images belong to the prompt.")
         read = unpad(batch["prompt_ids"], batch["prompt_mask"])
-        prompts = [ids if own is None else torch.tensor(own) for ids, own in zip(read, prompts, strict=True)]
+        prompts = [ids if own is None else own for ids, own in zip(read, prompts, strict=True)]
         completions = unpad(batch["completion_ids"], batch["completion_mask"])
         return [
-            make_row(prompt, completion, of_row[: len(completion)], row_images)
-            for prompt, completion, of_row, row_images in zip(prompts, completions, wanted, images, strict=True)
+            make_row(contract, prompt, completion, of_row[: len(completion)], row_images)
+            for contract, prompt, completion, of_row, row_images in zip(
+                contracts, prompts, completions, wanted, images, strict=True
+            )
         ]
+
+    def by_text(self, teacher_ids: Sequence[str | None] | None, size: int) -> list[bool]:
+        """Of each row, whether its teacher has another tokenizer and is given the text of its prompt."""
+        return [self._contracts[number].by_text for number in self._number(teacher_ids, size).tolist()]
 
     def _number(self, teacher_ids, size) -> torch.Tensor:
         """The number of each row's teacher among `scorers`, `int64` of shape `(B,)`."""
@@ -243,3 +263,15 @@ class TeacherScorer(TrainerCallback):
             if row is not None:
                 parts[number][place] = row
         return list(zip(self.scorers.values(), parts, strict=True))
+
+
+def _read_alignments(rows, mask):
+    """Which tokens their teachers can score, bool, and the place of the first token of each one's chunk, `(B, T)`."""
+    known, first = torch.zeros(mask.shape, dtype=torch.bool), torch.arange(mask.size(1)).repeat(len(mask), 1)
+    for i, row in enumerate(rows):
+        if row is not None and row.alignment is None:
+            known[i] = True
+        elif row is not None:
+            length = len(row.alignment.student)
+            known[i, :length], first[i, :length] = row.alignment.known, row.alignment.first
+    return known.to(mask.device), first.to(mask.device)

@@ -15,8 +15,8 @@ import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from ..checkpoints import last_checkpoint
 from ..config import did_you_mean
-from ..runs import last_checkpoint
 
 
 MINI = Path(__file__).parent / "mini"

@@ -1,5 +1,6 @@
 """
 What student and teacher must agree on: the meaning of every token id the student can emit, of images, and the length.
+Where ids differ, `by_text.py` takes its place.
 
 A teacher and a student are compared once, before training ([`TokenContract.between`]); prompts of a dataset and
 rollouts are held against what came out.
@@ -13,7 +14,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from .teacher import Teacher
+from ..alignment import Alignment
+from .teacher import Teacher, TokenScores
 
 
 logger = get_logger(__name__)
@@ -35,6 +37,8 @@ class TokenContract:
             Why it can't read the student's images, see [`find_image_problem`].
     """
 
+    by_text = False  # whether it is given the text in the place of the student's token ids
+
     def __init__(
         self,
         teacher: Teacher,
@@ -54,12 +58,14 @@ class TokenContract:
         teacher: Teacher,
         eos_token_ids: Collection[int],
         processor: ProcessorMixin | None = None,
-    ) -> "TokenContract":
+    ) -> "TokenContract | None":
         """Compare a student, by its tokenizer, the ids that end its completions and, if it reads images, its
-        processor, with a teacher. Raises a `ValueError` if that gives the student's ids another meaning, or has no
-        rows for them."""
+        processor, with a teacher. `None` if that gives the student's ids another meaning. Raises a `ValueError` if it
+        has no rows for them."""
         ends, other_ends = set(eos_token_ids), teacher.eos_token_ids - set(eos_token_ids)
         unknown_ids = find_unknown_ids(tokenizer, teacher.tokenizer)
+        if unknown_ids is None:
+            return None
         unknown_ids = sorted({*unknown_ids, *find_unfit_ends(ends, teacher.eos_token_ids)})
         highest = max(tokenizer.get_vocab().values())
         if highest >= teacher.vocab_size:
@@ -89,6 +95,26 @@ class TokenContract:
     def can_be_named(self, ids: torch.Tensor) -> torch.Tensor:
         """Which tokens of the teacher mean the same to the student, bool, of the shape of `ids`."""
         return self._is_nameable.to(ids.device)[ids]
+
+    def read(self, prompt: Any, completion: torch.Tensor, wanted: torch.Tensor):
+        """
+        What the teacher is given for a row of the student's.
+
+        Args:
+            prompt (`Sequence[int]`), completion (`torch.Tensor` of shape `(T,)`), wanted (`torch.Tensor`, same shape):
+                Token ids, and where a score is wanted, bool.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor, Alignment | None]`: token ids of the prompt and the
+            completion, the tokens of this completion whose scores are needed, and what `to_student` takes.
+        """
+        return torch.as_tensor(prompt, dtype=torch.long), completion, wanted & self.is_known(completion), None
+
+    def to_student(self, scores: TokenScores, alignment: Alignment | None) -> TokenScores:
+        """The scores in the student's tokens: one that can't be named has a log-probability of `-inf`."""
+        can_be_named = self.can_be_named(scores.top_ids)
+        top_logps = scores.top_logps.masked_fill(~can_be_named, -float("inf"))
+        return TokenScores(scores.logps, scores.top_ids.where(can_be_named, 0), top_logps)
 
     def check_dataset(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, max_completion_length: int | None):
         """Raises a `ValueError` if the teacher can't read the longest prompts of training data, with a completion, or
@@ -155,12 +181,12 @@ def _beyond_vocabulary(what, id, teacher):
     )
 
 
-def find_unknown_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int]:
+def find_unknown_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int] | None:
     """
     Ids that the student can emit and that mean nothing to the teacher: those that its tokenizer doesn't have, and the
     special tokens that it calls otherwise. Different sizes of padded vocabularies don't matter.
 
-    Raises a `ValueError` if ordinary ids stand for different tokens, or the teacher doesn't know most of them.
+    `None` if ordinary ids stand for different tokens, or the teacher doesn't know most of them.
     """
     student_tokens = {id: token for token, id in student.get_vocab().items()}
     teacher_tokens = {id: token for token, id in teacher.get_vocab().items()}
@@ -168,17 +194,8 @@ def find_unknown_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     unknown = student_tokens.keys() - teacher_tokens.keys()
     # Reserved tokens that one of the two has given a name are no reason to refuse a whole family of models
     unknown |= conflicts & student.added_tokens_decoder.keys() & teacher.added_tokens_decoder.keys()
-    conflicts = sorted(conflicts - unknown)
-    if conflicts or 2 * len(unknown) > len(student_tokens):
-        examples = [
-            f"{id}: {student_tokens[id]!r} / {teacher_tokens.get(id)!r}" for id in conflicts or sorted(unknown)
-        ]
-        raise ValueError(
-            f"`teacher_model` reads the student's token ids differently: {len(examples)} ids stand for different "
-            f"tokens (id: student's / teacher's - {', '.join(examples[:3])}). RLAD compares the probabilities of the "
-            "same token ids, so choose a `teacher_model` that shares the student's tokenizer, saved beside its "
-            "weights."
-        )
+    if conflicts - unknown or 2 * len(unknown) > len(student_tokens):
+        return None
     return sorted(unknown)
 
 
@@ -201,16 +218,19 @@ def find_unfit_ends(student: set[int], teacher: set[int]) -> set[int]:
     return student - teacher if teacher <= student else student
 
 
+def text_of(content: str | list[dict] | None) -> str:
+    """The text of a message's content, which may be a list of parts."""
+    return content or "" if not isinstance(content, list) else " ".join(part.get("text") or "" for part in content)
+
+
 def longest_prompt(prompts: Sequence[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens of about the longest prompt, without what a chat template adds: of those with the most
     characters. Of chat messages only the text counts."""
 
-    def text_of(prompt):
-        contents = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
-        parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-        return " ".join(part.get("text") or "" for content in parts for part in content)
+    def text_of_prompt(prompt):
+        return prompt if isinstance(prompt, str) else " ".join(text_of(message["content"]) for message in prompt)
 
-    texts = sorted(map(text_of, prompts), key=len)[-8:]
+    texts = sorted(map(text_of_prompt, prompts), key=len)[-8:]
     return max(map(len, tokenizer(texts)["input_ids"])) if texts else 0
 
 
