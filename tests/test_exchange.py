@@ -158,8 +158,8 @@ def test_a_process_that_ran_out_of_memory_still_deals_as_the_others(processes):
 
 
 def test_of_a_sharded_teacher_every_process_gets_the_like(processes):
-    # Each pass waits for the widest one: of one process two rows of 42 tokens, which cost 2 * (42 + 9), and of the other
-    # 4 * (22 + 2) + 6
+    # Each pass waits for the widest one: of one process two rows of 42 tokens, which cost 2 * (42 + 9), and of the
+    # other 4 * (22 + 2) + 6
     scored = [[], []]
 
     def work(accelerator):
