@@ -68,8 +68,7 @@ def add_names(record: dict, ids: torch.Tensor, logps: torch.Tensor, tokenizer: P
     `named_logps`. `ids` and `logps` are of shape `(N, k)`, for the N tokens that the teacher has scored."""
     is_scored = [x is not None for x in record["teacher_logps"]]
     by_token = list(zip(ids[:, :NAMED].tolist(), logps[:, :NAMED].tolist(), strict=True))
-    distinct = sorted({id for of_token, _ in by_token for id in of_token})
-    texts = dict(zip(distinct, tokenizer.batch_decode([[id] for id in distinct]), strict=True))
+    texts = {id: tokenizer.decode([id]) for id in {id for of_token, _ in by_token for id in of_token}}
     of_scored = iter(by_token)
     named = [list(zip(*next(of_scored), strict=True)) if scored else [] for scored in is_scored]
     named = [[(texts[id], logp) for id, logp in of_token if logp > RARE] for of_token in named]
