@@ -459,6 +459,9 @@ def test_command(probe, student_path, teacher_path, tmp_path, monkeypatch):
             # The teacher's likeliest 20, of which the student doesn't know the padded ones, and one share for the rest
             named = [row[id].exp().item() for id in row.topk(20).indices if id < 32]
             assert entropy == pytest.approx(-sum(p * log(p) for p in [*named, 1.0 - sum(named)]), abs=1e-4)
+        # What it would say: its likeliest three, without what the student doesn't know, and what is hardly likely
+        likeliest = [[id for id in row.topk(3).indices.tolist() if id < 32 and row[id] > log(0.01)] for row in logps]
+        assert rollout["named"] == [[tokenizer.decode([id]) for id in ids] for ids in likeliest]
         expected = 0.0 if "w5" in rollout["prompt"] else tiny.reward([rollout["ids"]])[0]
         assert rollout["reward"] == pytest.approx(expected)
         rewards = [each["reward"] for each in rollouts if each["group"] == rollout["group"]]
@@ -705,12 +708,16 @@ def test_a_token_that_the_teacher_has_no_say_on_is_recorded_without_its_figures(
     batch |= {"teacher_entropy": torch.ones(6, 7), "teacher_top1": torch.ones(6, 7)}
     batch |= {"group": torch.arange(6), "reward": torch.arange(6.0)}
     batch["teacher_mask"][0, 1] = False
+    scored = (batch["teacher_mask"] & batch["completion_mask"].bool()).sum(1).tolist()
+    batch |= {"teacher_top_ids": [torch.full((n, 3), 5) for n in scored]}
+    batch |= {"teacher_top_logps": [torch.zeros(n, 3) for n in scored]}
     guide = ProbeGuide(make_trainer())
     assert guide.guide(make_logps(batch), None, batch) == Guidance()  # of the loss there is nothing to be changed
     for row, record in enumerate(guide.records):
         has_say = batch["teacher_mask"][row, : len(record["ids"])].tolist()
         for name in ("teacher_logps", "top1", "entropy"):
             assert [value is not None for value in record[name]] == has_say, (row, name)
+        assert [bool(named) for named in record["named"]] == has_say
 
 
 FIGURES_TO_PRINT = {
