@@ -18,7 +18,7 @@ from statistics import mean, stdev
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.scripts.arguments import MINI, read_method
@@ -35,7 +35,8 @@ METHODS = {
     "RLAD + named": ("words", "rlad_named"),
     "RLAD + named, characters": ("characters", "rlad_named"),
 }
-SEEDS, STEPS, ROLLOUTS, PUZZLES, PEOPLE = range(5), 40, 64, 400, [2, 3]
+SEEDS, STEPS, ROLLOUTS, PUZZLES, PEOPLE = range(5), 24, 48, 400, [2, 3]
+ROUNDS = ((700, 2e-3), (450, 1e-3))  # steps and learning rates of the teacher of characters
 LENGTH = 2 * 2**3 + 1  # tokens of the longest solution, in words
 SIZE = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 6}
 
@@ -70,13 +71,20 @@ def measure(model, length=LENGTH) -> float:
     return mean(correctness_reward([each for (each,) in completions], puzzles["solution"]))
 
 
-def make_teacher(path: Path, steps: int):
-    """Train the teacher of characters."""
+def make_teacher(path: Path):
+    """Train the teacher of characters, in two rounds."""
     tokenizer = make_character_tokenizer()
     torch.manual_seed(0)
     model = make_model(SIZE, tokenizer)
     model.config.max_position_embeddings = 256
-    train(path.name, model, make_pool(tokenizer), steps, 2e-3)
+    for number, (steps, rate) in enumerate(ROUNDS):
+        folder = path.with_name(f"{path.name}_{number}")
+        if folder.exists():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            train(path.name, model, make_pool(tokenizer), steps, rate)
+            model.save_pretrained(folder)
+        torch.manual_seed(number + 1)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -88,9 +96,9 @@ def run(method: str, seed: int, teacher: Path, output_dir: Path) -> dict:
     args = RLADConfig(
         str(output_dir),
         **read_method(settings),
-        learning_rate=3e-4,
+        learning_rate=5e-4,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10,
+        warmup_steps=5,
         max_steps=STEPS,
         per_device_train_batch_size=ROLLOUTS,
         num_generations=8,
@@ -137,7 +145,6 @@ def report(lines: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/another_tokenizer"))
-    parser.add_argument("--teacher_steps", type=int, default=1000)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
@@ -146,7 +153,7 @@ def main():
     torch.set_num_threads(1)
     teacher = args.output_dir / "characters"
     if not teacher.exists():
-        make_teacher(teacher, args.teacher_steps)
+        make_teacher(teacher)
     done = {(line["method"], line.get("seed")) for line in lines}
     for name, path, length in (
         ("the teacher in words", MINI / "teacher", LENGTH),
