@@ -151,13 +151,14 @@ def render_page(figures: dict, picture: Path, rollouts: list[dict]) -> str:
     for name, *cells in _rows(figures):
         row = f"<td>{escape(name)}" + "".join(f"<td>{escape(cell)}" for cell in cells)
         table += f"<tr>{row}" if cells else f"<tr><th colspan=5 align=left>{escape(name)}"
-    paragraphs = [*_reasons(figures), *_facts(figures)]
     source = f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
     parts = [
         f"<p><b>{escape(advice['do'])}</b><p>{escape(advice['sure'])}<pre>{escape(advice['paste'])}</pre>",
-        *(f"<p style='white-space:pre-wrap'>{escape(text)}" for text in paragraphs),
-        f'<p><img src="{source}" style="max-width:100%" alt="The gap over the tokens, and the shares">',
+        *(f"<p style='white-space:pre-wrap'>{escape(text)}</p>" for text in _reasons(figures)),
+        f'<p><img src="{source}" style="max-width:100%" alt="The gap over the tokens, and the shares"></p>',
+        f"<details><summary>All figures</summary>{''.join(f'<p>{escape(fact)}</p>' for fact in _facts(figures))}",
         f"<div style='overflow:auto'><table><tr>{''.join(f'<th>{name}' for name in COLUMNS)}{table}</table></div>",
+        f"</details><h2>Rollouts</h2>{draw_rollouts([('the probe', rollouts)])}",
     ]
-    parts += ["<h2>Rollouts</h2>", draw_rollouts([("the probe", rollouts)])]
-    return make_page(f"{figures['student']}, taught by {figures['teacher']}: a probe before training", "".join(parts))
+    title = f"{figures['student']}, taught by {figures['teacher']}: a probe before training"
+    return make_page(title, "".join(parts))
