@@ -177,6 +177,11 @@ def test_the_token_is_nowhere(stages):
     assert not any(TOKEN.encode() in data for data in [*written, *(text.encode() for text in said)])
 
 
+def test_rollouts_stay_at_home(stages):
+    assert any(name.startswith("_rollouts/") for name in stages.pushed["files"])
+    assert not any("rollouts" in name for name in stages.pushed["repos"]["tester/pupil"])
+
+
 def test_what_was_pushed_is_loaded_again(stages):
     assert not stages.loaded["error"]
     fetched = [request for request in stages.loaded["requests"] if request.startswith("GET /tester/pupil/resolve/")]

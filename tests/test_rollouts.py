@@ -142,7 +142,7 @@ def test_a_few_groups_of_each_kind_are_written_and_the_whole_table_is_filled(tmp
     args.reward_weights = [1.0, 0.0]  # the second is only logged
     RLADTrainer(student_path, rewards, args, tiny.make_dataset(), teacher_model=teacher_path).train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
-    assert (tmp_path / "rollouts" / "rollouts_00001.parquet").exists()  # in the order of the steps
+    assert (tmp_path / "_rollouts" / "rollouts_00001.parquet").exists()  # in the order of the steps
     records = read_rollouts(tmp_path)
     kinds = {record["group"]: record["kind"] for record in records}
     assert [(r["step"], r["group"], r["row"]) for r in records] == [
@@ -217,7 +217,7 @@ def test_a_run_with_a_teacher_writes_its_rollouts_and_nothing_in_the_terminal(ma
 def test_no_file_without_a_teacher_or_with_the_flag_off(settings, make_trainer):
     trainer = make_trainer(max_steps=1, num_completions_to_print=0, **settings)
     trainer.train()
-    assert not (Path(trainer.args.output_dir) / "rollouts").exists() and trainer.rollout_log is None
+    assert not (Path(trainer.args.output_dir) / "_rollouts").exists() and trainer.rollout_log is None
 
 
 def test_text_of_tokens():
@@ -408,7 +408,7 @@ def test_an_evaluation_leaves_rollouts_of_its_own(run):
     assert {record["step"] for record in records} == {2} and len({record["prompt"] for record in records}) == 4
     assert [record["row"] for record in records] == list(range(len(records)))
     assert all(record["reward"] == pytest.approx(tiny.reward([record["ids"]])[0]) for record in records)
-    assert (folder / "rollouts" / "rollouts_00002_eval.parquet").exists()
+    assert (folder / "_rollouts" / "rollouts_00002_eval.parquet").exists()
 
 
 def test_memory_and_files_are_bounded(make_trainer, monkeypatch):
@@ -427,7 +427,7 @@ def test_memory_and_files_are_bounded(make_trainer, monkeypatch):
         assert sum(len(record["ids"]) for record in mine) <= 20 or len(mine) == len(groups)
         assert all(len(record["rewards"]) == 4 for record in mine)
     # What a longer run has left in this folder isn't taken for this one's
-    folder = Path(trainer.args.output_dir) / "rollouts"
+    folder = Path(trainer.args.output_dir) / "_rollouts"
     (folder / "rollouts_00009.parquet").touch()
     trainer.rollout_log.on_train_begin(trainer.args, SimpleNamespace(is_world_process_zero=True, global_step=1))
     assert [file.name for file in folder.iterdir()] == ["rollouts_00001.parquet"]

@@ -334,7 +334,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_or_torn_file_of_rollouts_is_named_and_the_others_shown(kind, tmp_path):
-    files = [tmp_path / "run" / "rollouts" / f"rollouts_0000{step}.parquet" for step in (1, 2)]
+    files = [tmp_path / "run" / "_rollouts" / f"rollouts_0000{step}.parquet" for step in (1, 2)]
     files[0].parent.mkdir(parents=True)
     for file in files:
         pq.write_table(pa.Table.from_pylist([record("seen", step=2)]), file)
@@ -373,10 +373,10 @@ def test_what_is_no_number_in_a_log_is_not_drawn(tmp_path):
 
 def test_command(tmp_path, capsys):
     run = tmp_path / "run"
-    (run / "rollouts").mkdir(parents=True)
+    (run / "_rollouts").mkdir(parents=True)
     for step in range(3):
         records = [record(f"é{step}", step=step), record(f"ü{step}", gap=0.5, step=step, group=1)]
-        pq.write_table(pa.Table.from_pylist(records), run / f"rollouts/rollouts_0000{step}.parquet")
+        pq.write_table(pa.Table.from_pylist(records), run / f"_rollouts/rollouts_0000{step}.parquet")
     (run / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "reward": 0.5}]}))
     output = tmp_path / "pages" / "view.html"
 
@@ -391,7 +391,7 @@ def test_command(tmp_path, capsys):
     # Without a name it is that of the folder or the file; and no more than a group for so few tokens
     page = view(run)
     assert {group["run"] for group in page.groups} == {"run"} and len(page.texts) == 6
-    page = view(run / "rollouts" / "rollouts_00001.parquet", "--tokens", 1)
+    page = view(run / "_rollouts" / "rollouts_00001.parquet", "--tokens", 1)
     assert page.groups[0]["run"] == "rollouts_00001" and page.texts == ["ü1"]
     with pytest.raises(SystemExit, match="no run at"):
         main([str(tmp_path / "nowhere")])
@@ -417,9 +417,9 @@ def test_the_command_takes_the_newest_run_writes_into_its_folder_and_says_what_t
     assert "Wrote outputs/new/view.html, " in said
     assert opened == [(tmp_path / "outputs/new/view.html").as_uri()]
     # Rollouts are younger, and there is no log yet
-    (tmp_path / "old" / "rollouts").mkdir()
+    (tmp_path / "old" / "_rollouts").mkdir()
     pq.write_table(
-        pa.Table.from_pylist([record(), record("b", group=1)]), tmp_path / "old/rollouts/rollouts_00001.parquet"
+        pa.Table.from_pylist([record(), record("b", group=1)]), tmp_path / "old/_rollouts/rollouts_00001.parquet"
     )
     (tmp_path / "old" / "checkpoint-2" / "trainer_state.json").unlink()
     main([])

@@ -200,9 +200,9 @@ class RLADConfig(GRPOConfig):
         > What is written down
 
         log_rollouts (`bool`, *optional*, defaults to `True`):
-            Whether a run with a teacher, or with `log_completions`, writes to `rollouts/` in `output_dir` what student
-            and teacher make of each token of a few groups, for `trl-rlad view`: with each log, in at most 100 files of
-            less than 1 MB.
+            Whether a run with a teacher, or with `log_completions`, writes to `_rollouts/` in `output_dir` what
+            student and teacher make of each token of a few groups, for `trl-rlad view`: with each log, in at most 100
+            files of less than 1 MB. They are not pushed to the Hub.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], as in the paper:

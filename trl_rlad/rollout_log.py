@@ -96,7 +96,7 @@ class RolloutLog(TrainerCallback):
     view`; and gives TRL's tables of `log_completions` a column `teacher_log_ratio`.
 
     The groups are a few of each kind ([`~trl_rlad.rollouts.choose_groups`]) of the last generation batch, and of each
-    evaluation, those of the main process. They go to `rollouts/rollouts_STEP.parquet` in the run's folder, one row
+    evaluation, those of the main process. They go to `_rollouts/rollouts_STEP.parquet` in the run's folder, one row
     for each completion, and those of an evaluation to `rollouts_STEP_eval.parquet`: at most 100 files of each, spread
     over the run, of at most 60,000 tokens, which take less than 1 MB. STEP is that of the log; what student and
     teacher make of a completion is of the last loss before it.
@@ -195,7 +195,7 @@ class RolloutLog(TrainerCallback):
     def on_train_begin(self, args, state, control=None, **kwargs):
         """A run that begins anew, or goes on from a checkpoint, leaves no files of steps that are still to come."""
         if state.is_world_process_zero:
-            for file in Path(args.output_dir, FOLDER).glob(f"{FOLDER}_*.parquet"):
+            for file in Path(args.output_dir, FOLDER).glob("rollouts_*.parquet"):
                 if (step := file.stem.split("_")[1]).isdigit() and int(step) > state.global_step:
                     file.unlink()
 
@@ -208,7 +208,7 @@ class RolloutLog(TrainerCallback):
         if not self.watched[mode].rows or 0 < step - self.written[mode] < state.max_steps / FILES:
             return
         self.written[mode] = step
-        name = f"{FOLDER}_{step:05d}{'_eval' if mode == 'eval' else ''}.parquet"
+        name = f"rollouts_{step:05d}{'_eval' if mode == 'eval' else ''}.parquet"
         write_rollouts(list(self._describe(mode, step)), Path(args.output_dir, FOLDER, name))
 
     def _describe(self, mode, step):

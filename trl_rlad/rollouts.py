@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-FOLDER = "rollouts"  # in a run's `output_dir`
+FOLDER = "_rollouts"  # in a run's `output_dir`: of what begins with `_`, transformers pushes nothing to the Hub
 # What a file of rollouts must have to be read again
 NUMBERS, TEXTS = pa.list_(pa.float64()), pa.list_(pa.string())
 TYPES = {"step": pa.int64(), "group": pa.int64(), "prompt": pa.string(), "reward": pa.float64()}
@@ -83,10 +83,10 @@ def _fits(kind: pa.DataType, known: pa.DataType) -> bool:
 
 
 def read_rollouts(path: str | Path) -> list[dict]:
-    """The records of a Parquet file, or of all those in the folder `rollouts` of a run. A file that was not written to
+    """The records of a Parquet file, or of all those in a run's folder. A file that was not written to
     its end, or has something else in it, is passed over with a warning."""
     path, records = Path(path), []
-    for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/{FOLDER}_*.parquet")):
+    for file in [path] if path.is_file() else sorted(path.glob(f"{FOLDER}/rollouts_*.parquet")):
         try:
             records += _read(file)
         except (OSError, TypeError, ValueError, pa.ArrowException) as error:

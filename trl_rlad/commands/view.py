@@ -51,7 +51,7 @@ def find_newest(folder: Path) -> Path:
     none."""
     written: dict[Path, float] = {}
     for depth in ("", "*/", "*/*/", "*/*/*/"):
-        for file in chain(folder.glob(f"{depth}{FOLDER}/{FOLDER}_*.parquet"), folder.glob(f"{depth}{STATE}")):
+        for file in chain(folder.glob(f"{depth}{FOLDER}/rollouts_*.parquet"), folder.glob(f"{depth}{STATE}")):
             run = file.parents[1] if file.suffix == ".parquet" else file.parent
             run = run.parent if run.name.startswith("checkpoint-") else run
             written[run] = max(file.stat().st_mtime, written.get(run, 0.0))
