@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 QUESTIONS = {  # what is typed, and what answers it
     "what is alpha": "weight of the old policy",
-    "another tokenizer": "with another tokenizer",
+    "another tokenizer": "with another tokenizer|the teacher is given the text",
     "reward doesn't rise": "share of groups whose rewards are all alike",
     "out of memory": "teacher_tokens_per_batch=8192",
     "resume": "--resume_from_checkpoint",
