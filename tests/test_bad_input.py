@@ -358,6 +358,58 @@ def _(place):
     place.trainer(args=tiny.make_config("/proc/self"))
 
 
+@refused("settings", "`RLADConfig(..., alfa=0.5)`", "`RLADConfig` has no setting `alfa`", "Did you mean `alpha`?")
+def _(place):
+    tiny.make_config(place.folder / "out", alfa=0.5)
+
+
+@refused("settings", '`RLADConfig(..., teacher_model="Qwen/Qwen3-8B")`', "passed to `RLADTrainer`, as `teacher_model`")
+def _(place):
+    tiny.make_config(place.folder / "out", teacher_model="Qwen/Qwen3-8B")
+
+
+@refused(
+    "trainer", "`RLADTrainer(..., eval_datasets=...)`", "no argument `eval_datasets`", "Did you mean `eval_dataset`?"
+)
+def _(place):
+    place.trainer(trainer_kwargs={"eval_datasets": None})
+
+
+# A student that isn't there: it would be found first if models were loaded before
+
+
+@refused("dataset", "no column `prompt`", "`train_dataset` has no column `prompt`, but question", "rename_column(")
+def _(place):
+    place.trainer(dataset=tiny.make_dataset().rename_column("prompt", "question"), student="/no/such/student")
+
+
+@refused("dataset", "no column `prompt` in an evaluation set", "`eval_dataset['hard']` has no column `prompt`")
+def _(place):
+    sets = {"easy": tiny.make_dataset(), "hard": tiny.make_dataset().rename_column("prompt", "question")}
+    place.trainer(trainer_kwargs={"eval_dataset": sets}, student="/no/such/student")
+
+
+@refused("trainer", "a reward function without `**kwargs`", "`right` can't be called", "others as `**kwargs`")
+def _(place):
+    def right(completions):
+        return [0.0] * len(completions)
+
+    RLADTrainer(
+        "/no/such/student", right, tiny.make_config(place.folder / "out"), tiny.make_dataset(), teacher_model="t"
+    )
+
+
+@refused(
+    "trainer", "a reward function of a column that isn't there", "missing a required argument: 'answer'", "prompts,"
+)
+def _(place):
+    def right(completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    args = tiny.make_config(place.folder / "out")
+    RLADTrainer("/no/such/student", [tiny.reward, right], args, tiny.make_dataset(), teacher_model="t")
+
+
 @refused("dataset", "`teacher_weight` of 1.5", "`teacher_weight`", "[0, 1]", "row 0 has 1.5")
 def _(place):
     dataset = tiny.make_dataset()
@@ -602,7 +654,7 @@ for kwargs in ({"n_people": [5]}, {"n_people": [1]}, {"n_people": []}, {"n_peopl
     text = json.dumps(kwargs)
 
     refused("`rlad_grpo.py`", f"`--task_kwargs '{text}'` of the mini task", "`--task_kwargs`", "some of 2, 3 and 4")(
-        lambda place, text=text: place.run(train, "--task_kwargs", text)
+        lambda place, text=text: place.run(train, "--task", "mini", "--task_kwargs", text)
     )
 
 
@@ -610,6 +662,18 @@ for arguments in ("--train_size -5", "--eval_size 0", "--report_steps 0", "--tea
     refused("`rlad_grpo.py`", f"`{arguments}`", f"`{arguments.split()[0]}` must be at least")(
         lambda place, arguments=arguments: place.run(train, *arguments.split())
     )
+
+
+@refused("`rlad_grpo.py`", "`--alfa 0.5`", "There is no --alfa", "Did you mean `--alpha`?")
+def _(place):
+    place.run(train, "--alfa", 0.5)
+
+
+@refused("`rlad_grpo.py`", "`alfa: 0.5` in the file of `--config`", "There is no --alfa", "Did you mean `--alpha`?")
+def _(place):
+    path = place.folder / "config.yaml"
+    path.write_text("alfa: 0.5")
+    place.run(train, "--config", path)
 
 
 @refused("`rlad_grpo.py`", "`--reward_weights 1 2`", "`--reward_weights`")

@@ -1,10 +1,12 @@
 """
-The columns that a dataset may have for the teacher, and what is wrong with them.
+The columns that a dataset needs and may have for the teacher, and what is wrong with them or with who reads them.
 
 A dataset is looked at before training, a stream as it comes: `where` then ends the sentence "row 3 ...".
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from trl.data_utils import is_conversational
@@ -72,3 +74,41 @@ def check_prompts(values: Sequence, where: str = ""):
             f"The dataset's column `teacher_prompt` has text in row {kinds[True]}{where}, and messages in row "
             f"{kinds[False]}. Choose one of the two."
         )
+
+
+def check_readers(datasets: dict[str, Any], reward_funcs: Any):
+    """
+    Refuse a dataset without prompts, and a reward function that can't be called with what the first dataset has. Where
+    columns are unknown, as those of a stream may be, nothing is.
+
+    Args:
+        datasets (`dict[str, Any]`):
+            Datasets by what to call them.
+        reward_funcs:
+            As in [`~trl.GRPOTrainer`].
+
+    Raises:
+        `TypeError`: if a reward function doesn't take its arguments.
+        `ValueError`: if a dataset has no column `prompt`.
+    """
+    known = {name: columns for name, each in datasets.items() if (columns := getattr(each, "column_names", None))}
+    known = {name: columns for name, columns in known.items() if isinstance(columns, list)}
+    for name, columns in known.items():
+        if "prompt" not in columns:
+            raise ValueError(
+                f"`{name}` has no column `prompt`, but {', '.join(columns)}. Rename the one with the prompts, such as "
+                f'`{name}.rename_column("{columns[0]}", "prompt")`.'
+            )
+    columns = next(iter(known.values()), None)
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if columns is None or not inspect.isroutine(function):
+            continue
+        given = ["prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"]
+        given += [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            raise TypeError(
+                f"The reward function `{function.__name__}` can't be called: {error}. It is given {', '.join(given)} "
+                "by name: take those that it needs, and all others as `**kwargs`."
+            ) from None

@@ -3,9 +3,11 @@
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from inspect import signature
 from math import gcd, inf, isfinite
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -101,6 +103,12 @@ def with_help(config_class: type) -> type:
             text = re.sub(r"\[([^]]+)\]\([^)]*\)|\[(`)~?(\w.*?`)\]", r"\1\2\3", " ".join(entry[1].split()))
             each.metadata = MappingProxyType({**each.metadata, "help": text})
     return config_class
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says there is no such name: the one that may be meant."""
+    near = get_close_matches(name, list(known), 1)
+    return f" Did you mean `{near[0]}`?" if near else ""
 
 
 @with_help
@@ -241,6 +249,15 @@ class RLADConfig(GRPOConfig):
 
     # What is written down
     log_rollouts: bool = True
+
+    def __new__(cls, *args, **kwargs):
+        parameters = signature(cls.__init__).parameters  # a subclass may have others
+        for name in kwargs.keys() - parameters.keys() if "kwargs" not in parameters else ():
+            hint = did_you_mean(name, parameters)
+            if name in ("teacher", "teacher_model", "teacher_model_name_or_path"):
+                hint = " The teacher is passed to `RLADTrainer`, as `teacher_model`."
+            raise TypeError(f"`{cls.__name__}` has no setting `{name}`.{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ._trl.names import get_config_model_id
 from ._trl.seam import GuidedGRPOTrainer
 from .checkpoints import RunRecord, describe_settings, last_checkpoint
-from .columns import NAMES, NO_PROMPTS, check_prompts, number_teachers, read_weights
-from .config import RLADConfig
+from .columns import NAMES, NO_PROMPTS, check_prompts, check_readers, number_teachers, read_weights
+from .config import RLADConfig, did_you_mean
 from .model_card import write_model_card
 from .rollout_log import RolloutLog
 from .scoring import RowScorer, ServedRowScorer, TeacherScorer
@@ -107,6 +107,8 @@ class RLADTrainer(GuidedGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RLADConfig(f"{model_name.split('/')[-1]}-RLAD")
         teachers = check_arguments(model, args, teacher_model, grpo_kwargs)
+        names = list(inspect.signature(GuidedGRPOTrainer).parameters)[3:]  # after the three above
+        check_inputs(dict(zip(names, grpo_args, strict=False)) | grpo_kwargs, reward_funcs, args)
         check_ranks(args, teachers)
         rewards: Any = reward_funcs or (no_reward if args.distillation_fraction == 1.0 else None)
         super().__init__(model, rewards, args, *grpo_args, **grpo_kwargs)
@@ -241,10 +243,10 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             f"`args` must be an `RLADConfig`, but is a `{type(args).__name__}`. `RLADConfig` takes all arguments "
             "of `GRPOConfig`."
         )
-    if wrong := grpo_kwargs.keys() - inspect.signature(GuidedGRPOTrainer).parameters.keys():
-        name = sorted(wrong)[0]
-        hint = " The teacher is passed as `teacher_model`." if "teacher" in name else ""
-        raise TypeError(f"`RLADTrainer` has no argument `{name}`.{hint}")
+    known = [*inspect.signature(GuidedGRPOTrainer).parameters, "teacher_model"]
+    if wrong := sorted(grpo_kwargs.keys() - set(known)):
+        hint = " The teacher is passed as `teacher_model`." if "teacher" in wrong[0] else did_you_mean(wrong[0], known)
+        raise TypeError(f"`RLADTrainer` has no argument `{wrong[0]}`.{hint}")
     servers = args.teacher_servers
     by_name = {"": teacher_model} if teacher_model is not None else {}
     by_name = teacher_model if isinstance(teacher_model, dict) else by_name
@@ -278,6 +280,18 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
             'that teaches itself what its `teacher_prompt` says, "self".'
         )
     return teachers
+
+
+def check_inputs(given: dict[str, Any], reward_funcs, args: RLADConfig):
+    """Refuse datasets and reward functions that don't fit together, before anything is loaded: see
+    [`~trl_rlad.columns.check_readers`]. `given` are arguments of [`~trl.GRPOTrainer`] by name."""
+    datasets = {"train_dataset": given.get("train_dataset")}
+    evaluation = given.get("eval_dataset")
+    named = evaluation if isinstance(evaluation, dict) else {}
+    datasets |= {f"eval_dataset[{name!r}]": each for name, each in named.items()} or {"eval_dataset": evaluation}
+    # With `remove_unused_columns` and an environment, TRL gives other things to reward functions
+    has_all = not args.remove_unused_columns and not given.get("environment_factory")
+    check_readers(datasets, reward_funcs if has_all else [])
 
 
 def check_ranks(args: RLADConfig, teachers: dict[str, Any]):

@@ -6,7 +6,6 @@ As in `trl grpo`, flags and settings that the script doesn't know are the launch
 
 import sys
 from argparse import ArgumentParser
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..config import did_you_mean
 from ..scripts import train
 from ..scripts.arguments import Parser, how_to_go_on, read_config, run_command
 
@@ -40,8 +40,8 @@ def split(parser: Parser, arguments: list[str]) -> tuple[list[str], list[str]]:
     for word in of_launcher:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in launch._option_string_actions:
-            near = get_close_matches(flag, [*parser._option_string_actions, *launch._option_string_actions], 1)
-            parser.error(f"there is no {flag}{f': did you mean {near[0]}?' if near else ''}")
+            known = [*parser._option_string_actions, *launch._option_string_actions]
+            parser.error(f"there is no {flag}.{did_you_mean(flag, known)}")
     if named.accelerate_config is not None:
         of_launcher = ["--config_file", find_config(named.accelerate_config), *of_launcher]
     return of_launcher, of_script

@@ -1,6 +1,5 @@
 """The report of a probe as text, as a picture and as a page."""
 
-import re
 from base64 import b64encode
 from html import escape
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TextIO
 
 from ..rollouts import log_ratios
 from .probe import ALPHAS, FEW
-from .view import render
+from .view import draw_rollouts, make_page
 
 
 END = 6.0  # nats, of the picture
@@ -152,14 +151,14 @@ def render_page(figures: dict, picture: Path, rollouts: list[dict]) -> str:
     for name, *cells in _rows(figures):
         row = f"<td>{escape(name)}" + "".join(f"<td>{escape(cell)}" for cell in cells)
         table += f"<tr>{row}" if cells else f"<tr><th colspan=5 align=left>{escape(name)}"
-    paragraphs = [*_reasons(figures), *_facts(figures)]
     source = f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
     parts = [
-        f"<h1>{escape(figures['student'])}, taught by {escape(figures['teacher'])}: a probe before training</h1>",
         f"<p><b>{escape(advice['do'])}</b><p>{escape(advice['sure'])}<pre>{escape(advice['paste'])}</pre>",
-        *(f"<p style='white-space:pre-wrap'>{escape(text)}" for text in paragraphs),
-        f'<p><img src="{source}" style="max-width:100%" alt="The gap over the tokens, and the shares">',
+        *(f"<p style='white-space:pre-wrap'>{escape(text)}</p>" for text in _reasons(figures)),
+        f'<p><img src="{source}" style="max-width:100%" alt="The gap over the tokens, and the shares"></p>',
+        f"<details><summary>All figures</summary>{''.join(f'<p>{escape(fact)}</p>' for fact in _facts(figures))}",
         f"<div style='overflow:auto'><table><tr>{''.join(f'<th>{name}' for name in COLUMNS)}{table}</table></div>",
+        f"</details><h2>Rollouts</h2>{draw_rollouts([('the probe', rollouts)])}",
     ]
-    page = render([("the probe", rollouts, [])])
-    return re.sub("<body[^>]*>", lambda body: body[0] + "".join(parts), page, count=1)
+    title = f"{figures['student']}, taught by {figures['teacher']}: a probe before training"
+    return make_page(title, "".join(parts))

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
 from ..checkpoints import last_checkpoint
+from ..config import did_you_mean
 
 
 MINI = Path(__file__).parent / "mini"
@@ -150,10 +151,11 @@ def parse_arguments(
         os.environ[name] = str(value)
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(bf16=False)
-    unknown = parser.set_defaults_with_config(**settings)
-    if unknown and not ignore_unknown:
-        raise ValueError(f"`--config`: there are no settings {', '.join(unknown[::2])}.")
-    return parser.parse_args_into_dataclasses(arguments)
+    in_file = parser.set_defaults_with_config(**settings)
+    *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    for word in unknown + ([] if ignore_unknown else in_file):
+        raise ValueError(f"There is no {word}.{did_you_mean(word, parser._option_string_actions)}")
+    return tuple(parsed)
 
 
 class Several(Action):
