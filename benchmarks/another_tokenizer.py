@@ -1,7 +1,7 @@
 """
 How much of what a teacher gives is left when its tokenizer isn't the student's, in miniature.
 
-    python benchmarks/another_tokenizer.py            # 25 runs of half a minute, after a teacher of some minutes
+    python benchmarks/another_tokenizer.py            # 25 runs of a minute or two, after a teacher of ten minutes
     python benchmarks/another_tokenizer.py --report   # the table of what is there
 
 The mistaken student (see `trl_rlad/scripts/mini/make_models.py`) has words for tokens. Its teacher is the committed
@@ -35,8 +35,8 @@ METHODS = {
     "RLAD + named": ("words", "rlad_named"),
     "RLAD + named, characters": ("characters", "rlad_named"),
 }
-SEEDS, STEPS, ROLLOUTS, PUZZLES, PEOPLE = range(5), 24, 48, 400, [2, 3]
-ROUNDS = ((700, 2e-3), (450, 1e-3))  # steps and learning rates of the teacher of characters
+SEEDS, STEPS, ROLLOUTS, PUZZLES, PEOPLE = range(5), 60, 128, 1000, [2, 3]
+ROUNDS = ((1000, 2e-3), (1000, 1e-3))  # steps and learning rates of the teacher of characters
 LENGTH = 2 * 2**3 + 1  # tokens of the longest solution, in words
 SIZE = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 6}
 
@@ -66,7 +66,7 @@ def measure(model, length=LENGTH) -> float:
     puzzles = make_dataset(PEOPLE, PUZZLES, seed=0, held_out=True)
     with torch.random.fork_rng():
         completions = sample(
-            model, list(puzzles["prompt"]), 1, max_new_tokens=length, temperature=0.6, top_p=0.95, batch_size=400
+            model, list(puzzles["prompt"]), 1, max_new_tokens=length, temperature=0.6, top_p=0.95, batch_size=500
         )
     return mean(correctness_reward([each for (each,) in completions], puzzles["solution"]))
 
@@ -96,9 +96,9 @@ def run(method: str, seed: int, teacher: Path, output_dir: Path) -> dict:
     args = RLADConfig(
         str(output_dir),
         **read_method(settings),
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=5,
+        warmup_steps=10,
         max_steps=STEPS,
         per_device_train_batch_size=ROLLOUTS,
         num_generations=8,

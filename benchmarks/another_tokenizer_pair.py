@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_rlad import RLADConfig, RLADTrainer
+from trl_rlad.alignment import Pieces
 
 
 ROOT = Path(__file__).parents[1]
@@ -74,15 +75,25 @@ def reward(completion_ids, **kwargs) -> list[float]:
     return [sum(id % 2 == 0 for id in ids) / len(ids) for ids in completion_ids]
 
 
+def is_text(piece: bytes) -> bool:
+    """Whether a token is text by itself."""
+    try:
+        return bool(piece.decode())
+    except UnicodeDecodeError:
+        return False
+
+
 def run(student: Path, teacher: Path, output_dir: Path):
     """Two steps. Returns the batches, seconds of the processor for each step, and those of scoring."""
+    pieces = Pieces(PreTrainedTokenizerFast.from_pretrained(student)).by_id
+    no_text = {0, 1, *range(len(pieces), VOCABULARY), *(id for id, piece in enumerate(pieces) if not is_text(piece))}
     args = RLADConfig(
         str(output_dir),
         max_steps=2,
         per_device_train_batch_size=4,
         num_generations=4,
         max_completion_length=64,
-        generation_kwargs={"suppress_tokens": [0, 1, *range(4000, VOCABULARY)]},
+        generation_kwargs={"suppress_tokens": sorted(no_text)},  # as random weights write what a model wouldn't
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -122,8 +133,9 @@ def check(batches, student: Path, teacher: Path) -> float:
         for i, row in enumerate(rows):
             ids = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
             mask, first = batch["teacher_mask"][i][: len(ids)], batch["teacher_first"][i][: len(ids)]
-            if not mask.all():  # with bytes that are no UTF-8, of which a plain pass tells less
+            if not mask.any():  # without an advantage
                 continue
+            assert mask.all()
             has_end = ids[-1] == mine.eos_token_id
             own = theirs(mine.decode(ids[: len(ids) - has_end]))["input_ids"] + [theirs.eos_token_id] * has_end
             prompt = theirs(row["prompt"])["input_ids"]
@@ -144,7 +156,7 @@ def main():
         make_model(seed).save_pretrained(args.output_dir / name)
         tokenizers[tokenizer].save_pretrained(args.output_dir / name)
     result: dict = {"machine": platform.machine(), "torch": torch.__version__}
-    for name in ("same", "other"):
+    for name in ("other", "same"):
         parts = args.output_dir / "student", args.output_dir / name
         batches, seconds, scoring = run(*parts, args.output_dir / "run")
         result[name] = {"seconds_per_step": round(seconds, 2), "of_them_scoring": round(scoring, 3)}

@@ -192,6 +192,14 @@ def test_what_is_no_utf_8_is_left_out_and_spoils_nothing_beside_it():
     assert alignment.known.tolist() == [True] * (len(ids) - 2) + [False] * 2
 
 
+def test_the_space_before_a_text_is_the_chat_formats_and_part_of_a_text_prompts_answer():
+    contract, tokenizer, teacher = make_contract("spm", "bytes"), make_tokenizer("spm"), make_tokenizer("bytes")
+    ids = tokenizer("The teacher")["input_ids"]
+    for is_chat, text in ((True, "The teacher"), (False, " The teacher")):
+        own, alignment = contract.align(ids, is_chat)
+        assert teacher.decode(own) == text and alignment.known.all()
+
+
 def test_behind_what_a_tokenizer_changes_chunks_go_on():
     contract, tokenizer = make_contract("bytes", "wordpiece"), make_tokenizer("bytes")
     ids = tokenizer("The teacher  is The teacher")["input_ids"]  # it writes in lower case, and one space for two
