@@ -63,6 +63,19 @@ def describe_rollouts(
     return records
 
 
+def add_names(record: dict, ids: torch.Tensor, logps: torch.Tensor, tokenizer: PreTrainedTokenizerBase):
+    """Add to a record the texts that the teacher names at each token, `named`, and their log-probabilities in nats,
+    `named_logps`. `ids` and `logps` are of shape `(N, k)`, for the N tokens that the teacher has scored."""
+    is_scored = [x is not None for x in record["teacher_logps"]]
+    by_token = list(zip(ids[:, :NAMED].tolist(), logps[:, :NAMED].tolist(), strict=True))
+    texts = {id: tokenizer.decode([id]) for id in {id for of_token, _ in by_token for id in of_token}}
+    of_scored = iter(by_token)
+    named = [list(zip(*next(of_scored), strict=True)) if scored else [] for scored in is_scored]
+    named = [[(texts[id], logp) for id, logp in of_token if logp > RARE] for of_token in named]
+    record["named"] = [[text for text, _ in of_token] for of_token in named]
+    record["named_logps"] = [[logp for _, logp in of_token] for of_token in named]
+
+
 def _known(value):
     return None if value != value else value
 
@@ -233,13 +246,5 @@ class RolloutLog(TrainerCallback):
         if "teacher_index" in row:
             record["teacher"] = list(self.trainer.teacher_scorer.scorers)[int(row["teacher_index"])]
         if "named" in row and len(row["named"][0]):
-            is_scored = [x is not None for x in record["teacher_logps"]]
-            ids, logps = (part.tolist() for part in row["named"])
-            distinct = sorted({id for of_token in ids for id in of_token})
-            texts = dict(zip(distinct, tokenizer.batch_decode([[id] for id in distinct]), strict=True))
-            of_scored = iter(zip(ids, logps, strict=True))
-            named = [list(zip(*next(of_scored), strict=True)) if scored else [] for scored in is_scored]
-            named = [[(texts[id], logp) for id, logp in of_token if logp > RARE] for of_token in named]
-            record["named"] = [[text for text, _ in of_token] for of_token in named]
-            record["named_logps"] = [[logp for _, logp in of_token] for of_token in named]
+            add_names(record, *row["named"], tokenizer)
         return record

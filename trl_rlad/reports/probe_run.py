@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from .._trl.names import get_config_model_id, loss_mask
 from .._trl.seam import Guide
 from ..objective.guidance import Guidance
-from ..rollout_log import describe_rollouts
+from ..rollout_log import add_names, describe_rollouts
 from ..teacher_guide import TeacherGuide, spread_scores
 from ..trainer import RLADTrainer
 from .probe import Estimate, estimate
@@ -179,7 +179,10 @@ class ProbeGuide(TeacherGuide):
             "teacher_logps": batch["teacher_per_token_logps"].masked_fill(~mask, float("nan")),
         }
         columns |= {name: batch[f"teacher_{name}"].masked_fill(~mask, float("nan")) for name in ("entropy", "top1")}
-        self.records += [{"step": 0, **each} for each in describe_rollouts(batch, self.trainer.tokenizer, columns)]
+        records = describe_rollouts(batch, self.trainer.tokenizer, columns)
+        for record, ids, logps in zip(records, batch["teacher_top_ids"], batch["teacher_top_logps"], strict=True):
+            add_names(record, ids, logps, self.trainer.tokenizer)
+        self.records += [{"step": 0, **record} for record in records]
         return Guidance()
 
     def _note_memory(self, part):
