@@ -5,8 +5,8 @@ How much of what a teacher gives is left when its tokenizer isn't the student's,
     python benchmarks/another_tokenizer.py --report   # the table of what is there
 
 The mistaken student (see `trl_rlad/scripts/mini/make_models.py`) has words for tokens. Its teacher is the committed
-one, with the same words; or one of the same size that has learnt the same solutions in characters, each with the space
-before it: of the words that a solution has, only the names of people are one token of both.
+one, with the same words; or a smaller one that has learnt the same solutions in characters, each with the space before
+it: of the words that a solution has, only the names of people are one token of both. Puzzles have two or three people.
 
 Each run adds a line to the results, from which the study goes on if it is interrupted.
 """
@@ -18,14 +18,13 @@ from statistics import mean, stdev
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.scripts.arguments import MINI, read_method
-from trl_rlad.scripts.mini.make_models import POOL, TEACHER_SIZE, make_model, train
+from trl_rlad.scripts.mini.make_models import POOL, make_model, train
 from trl_rlad.scripts.sampling import sample
 from trl_rlad.scripts.tasks.mini import EOS, NAMES, OPERATORS, PAD, correctness_reward, make_dataset
-from trl_rlad.scripts.tasks.mini import MAX_COMPLETION_LENGTH as LENGTH
 
 
 RESULTS = Path(__file__).parent / "results" / "another_tokenizer.jsonl"
@@ -36,7 +35,10 @@ METHODS = {
     "RLAD + named": ("words", "rlad_named"),
     "RLAD + named, characters": ("characters", "rlad_named"),
 }
-SEEDS, STEPS, ROLLOUTS, PUZZLES = range(5), 40, 64, 300
+SEEDS, STEPS, ROLLOUTS, PUZZLES, PEOPLE = range(5), 24, 48, 400, [2, 3]
+ROUNDS = ((700, 2e-3), (450, 1e-3))  # steps and learning rates of the teacher of characters
+LENGTH = 2 * 2**3 + 1  # tokens of the longest solution, in words
+SIZE = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 6}
 
 
 def make_character_tokenizer() -> PreTrainedTokenizerFast:
@@ -51,7 +53,7 @@ def make_character_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_pool(tokenizer):
     """Make the token ids and the labels of the worked solutions, as `make_models.py` does for words."""
-    puzzles = [row for n, size in POOL.items() for row in make_dataset([n], size // 4, 0, held_out=False)]
+    puzzles = [row for n in PEOPLE for row in make_dataset([n], POOL[n] // 2, 0, held_out=False)]
     texts = [f"{puzzle['prompt']} {puzzle['solution']}{EOS}" for puzzle in puzzles]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     lengths = torch.tensor([len(tokenizer(puzzle["prompt"])["input_ids"]) for puzzle in puzzles])[:, None]
@@ -61,21 +63,28 @@ def make_pool(tokenizer):
 
 def measure(model, length=LENGTH) -> float:
     """Share of held-out puzzles that a model solves, 0 to 1."""
-    puzzles = make_dataset([2, 3, 4], PUZZLES, seed=0, held_out=True)
+    puzzles = make_dataset(PEOPLE, PUZZLES, seed=0, held_out=True)
     with torch.random.fork_rng():
         completions = sample(
-            model, list(puzzles["prompt"]), 1, max_new_tokens=length, temperature=0.6, top_p=0.95, batch_size=300
+            model, list(puzzles["prompt"]), 1, max_new_tokens=length, temperature=0.6, top_p=0.95, batch_size=400
         )
     return mean(correctness_reward([each for (each,) in completions], puzzles["solution"]))
 
 
-def make_teacher(path: Path, steps: int):
-    """Train the teacher of characters."""
+def make_teacher(path: Path):
+    """Train the teacher of characters, in two rounds."""
     tokenizer = make_character_tokenizer()
     torch.manual_seed(0)
-    model = make_model(TEACHER_SIZE, tokenizer)
+    model = make_model(SIZE, tokenizer)
     model.config.max_position_embeddings = 256
-    train(path.name, model, make_pool(tokenizer), steps, 2e-3)
+    for number, (steps, rate) in enumerate(ROUNDS):
+        folder = path.with_name(f"{path.name}_{number}")
+        if folder.exists():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            train(path.name, model, make_pool(tokenizer), steps, rate)
+            model.save_pretrained(folder)
+        torch.manual_seed(number + 1)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -87,9 +96,9 @@ def run(method: str, seed: int, teacher: Path, output_dir: Path) -> dict:
     args = RLADConfig(
         str(output_dir),
         **read_method(settings),
-        learning_rate=3e-4,
+        learning_rate=5e-4,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10,
+        warmup_steps=5,
         max_steps=STEPS,
         per_device_train_batch_size=ROLLOUTS,
         num_generations=8,
@@ -103,7 +112,7 @@ def run(method: str, seed: int, teacher: Path, output_dir: Path) -> dict:
         report_to="none",
         disable_tqdm=True,
     )
-    data = make_dataset([2, 3, 4], STEPS * ROLLOUTS // 8, seed, held_out=False)
+    data = make_dataset(PEOPLE, STEPS * ROLLOUTS // 8, seed, held_out=False)
     models = {"words": str(MINI / "teacher"), "characters": str(teacher)}
     trainer = RLADTrainer(
         str(MINI / "student"), correctness_reward, args, data, **({"teacher_model": models[kind]} if kind else {})
@@ -136,7 +145,6 @@ def report(lines: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/another_tokenizer"))
-    parser.add_argument("--teacher_steps", type=int, default=1000)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
@@ -145,7 +153,7 @@ def main():
     torch.set_num_threads(1)
     teacher = args.output_dir / "characters"
     if not teacher.exists():
-        make_teacher(teacher, args.teacher_steps)
+        make_teacher(teacher)
     done = {(line["method"], line.get("seed")) for line in lines}
     for name, path, length in (
         ("the teacher in words", MINI / "teacher", LENGTH),

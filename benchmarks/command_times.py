@@ -1,6 +1,6 @@
 """
 How long `trl-rlad COMMAND --help` and `trl-rlad view RUN` take, beside the same of another checkout: seconds of one
-core, which other work on the machine doesn't lengthen, the least of three. Writes `results/command_times.md`.
+core, which other work on the machine hardly lengthens. Writes `results/command_times.md`.
 
     python benchmarks/command_times.py outputs/mini-rlad --before ../a-checkout
 """
@@ -18,15 +18,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def seconds(checkout: Path, arguments: list[str]) -> float:
-    times = []
-    for _ in range(3):
-        before = os.times()
-        command = [sys.executable, "-m", "trl_rlad", *arguments]
-        env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
-        subprocess.run(command, cwd=checkout, env=env, check=True, capture_output=True)
-        after = os.times()
-        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return min(times)
+    before = os.times()
+    command = [sys.executable, "-m", "trl_rlad", *arguments]
+    env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    subprocess.run(command, cwd=checkout, env=env, check=True, capture_output=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def main():
@@ -43,7 +40,7 @@ def main():
     ]
     text = f"""# Times of the commands
 
-Seconds of one core, the least of three (`python benchmarks/command_times.py RUN --before CHECKOUT`; Python
+Seconds of one core (`python benchmarks/command_times.py RUN --before CHECKOUT`; Python
 {sys.version.split()[0]}).
 
 | | before | now |

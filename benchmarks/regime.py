@@ -4,10 +4,10 @@ GRPO.
 
     python benchmarks/regime.py
 
-Ours from `benchmarks/results/comparison_runs.jsonl`, with 95% intervals over the seeds; the published ones, of single
-runs, from "Sequential Beats Joint" (arXiv 2609.04108; knights and knaves, Zebra, Countdown and mathematics with
-Qwen3-8B teaching 1.7B and 0.6B) and the model card ziansu/r2egym-rlad (SWE-bench, 27B teaching 4B). On-policy
-distillation is that with k2 as published, without a bound.
+Ours from `benchmarks/results/comparison_runs.jsonl` and `chains_runs.jsonl`, with 95% intervals over the seeds; the
+published ones, of single runs, from "Sequential Beats Joint" (arXiv 2609.04108; knights and knaves, Zebra, Countdown
+and mathematics with Qwen3-8B teaching 1.7B and 0.6B) and the model card ziansu/r2egym-rlad (SWE-bench, 27B teaching
+4B). On-policy distillation is that with k2 as published, without a bound; of the half-learned students, with one.
 """
 
 import argparse
@@ -34,6 +34,7 @@ PUBLISHED = {
     "SWE 4B": (5.7, 5.8),
 }
 METHODS = ("RLAD", "RLAD + named", "offline distillation")
+BEDS = (*STUDENTS, "half_gpt", "half_qwen3")
 
 
 def gains(results, plan, rates, method, teacher):
@@ -46,7 +47,8 @@ def gains(results, plan, rates, method, teacher):
 def main():
     here = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=here / "comparison_runs.jsonl", help="the runs of comparison.py")
+    runs = [here / "comparison_runs.jsonl", here / "chains_runs.jsonl"]
+    parser.add_argument("--runs", type=Path, nargs="+", default=runs, help="the runs of comparison.py")
     parser.add_argument("--output", type=Path, default=here / "regime.png", help="where to save the figure")
     args = parser.parse_args()
     plt.figure(figsize=(8, 6), layout="constrained")
@@ -59,12 +61,13 @@ def main():
     )
     for name, point in PUBLISHED.items():
         axis.annotate(name, point, color="gray", fontsize=7, xytext=(4, -8), textcoords="offset points")
-    every_result = read_results(args.runs)
-    for student in STUDENTS:
+    every_result = [result for path in args.runs for result in read_results(path)]
+    for student in BEDS:
         plan = make_plan(student)
         results, _, rates = split(every_result, plan)
-        for teacher in ("strong", "flawed")[: 1 + ("on-policy distillation" in plan["flawed"])]:
-            x, x_width = gains(results, plan, rates, "on-policy distillation", teacher)
+        distillation = "on-policy distillation" + (student not in STUDENTS) * ", bounded"
+        for teacher in ("strong", "flawed")[: 1 + (distillation in plan["flawed"])]:
+            x, x_width = gains(results, plan, rates, distillation, teacher)
             place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
             axis.annotate(f" {student}, {teacher} teacher", (x, 0), fontsize=7, **place)
             shown = plan["methods"] if teacher == "strong" else plan["flawed"]

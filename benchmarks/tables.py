@@ -139,14 +139,17 @@ def tabulate(results, rates, plan, teacher):
 
 
 def tabulate_sweep(results, plan, rates):
-    """Final accuracy of the runs with seed 0, from which the rates were chosen."""
+    """Final accuracy of the runs with seed 0, from which the rates were chosen, and the largest rate at which the
+    student isn't worse at the end than before."""
     in_order = sorted(plan["rates"])
-    rows = ["| method | " + " | ".join(f"{rate:g}" for rate in in_order) + " |"]
-    rows.append("|---|" + "---|" * len(in_order))
+    rows = ["| method | " + " | ".join(f"{rate:g}" for rate in in_order) + " | bears |"]
+    rows.append("|---|" + "---|" * (len(in_order) + 1))
     for method in rates:
         if method not in plan["shared_rate"]:
-            runs = {run["rate"]: f"{final(run):.1%}" for run in pick(results, method, "strong", rate=None, seeds=[0])}
-            rows.append(f"| {method} | " + " | ".join(runs.get(rate, "") for rate in in_order) + " |")
+            runs = {run["rate"]: run for run in pick(results, method, "strong", rate=None, seeds=[0])}
+            borne = [rate for rate, run in runs.items() if final(run) >= mean(run["curve"][0][1:])]
+            cells = [f"{final(runs[rate]):.1%}" if rate in runs else "" for rate in in_order]
+            rows.append(f"| {method} | {' | '.join(cells)} | {max(borne, default=''):{'g' if borne else ''}} |")
     return "\n".join(rows)
 
 

@@ -4,7 +4,9 @@ a page links to outside of `docs/` comes along into the site; a link to nothing 
 refuses it. Formulas become MathML, which browsers draw themselves, and the font comes along: nothing is fetched.
 """
 
+import json
 import re
+from base64 import b64decode
 from dataclasses import fields
 from html import unescape
 from importlib.resources import files as find_resource
@@ -16,6 +18,7 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # as pymdownx.arithmatex and docstrings write them
 LISTS = ("api.md", "architecture.md", "bad_input.md", "reliability.md")  # have every word, and come last in a search
 LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
@@ -45,6 +48,25 @@ def place(name: str) -> str:
     return f"repository/{name}" + ("" if name.endswith(".png") else ".txt")
 
 
+def show_notebook(config) -> list[File]:
+    """The notebook with its stored outputs as a page, and its pictures."""
+    parts, files = [], []
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                name = f"notebook_{len(files)}.png"
+                files.append(File.generated(config, name, content=b64decode(data["image/png"])))
+                parts.append(f"![]({name})")
+            elif "text/html" in data:
+                parts.append("".join(data["text/html"]))
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    return [File.generated(config, "notebook.md", content="\n\n".join(parts)), *files]
+
+
 def draw_formula(formula: re.Match) -> str:
     inline, block = formula.groups()
     drawn = convert(unescape(inline or block), display="inline" if inline else "block")
@@ -54,16 +76,18 @@ def draw_formula(formula: re.Match) -> str:
 def on_files(files, config):
     font = find_resource("ziamath.fonts").joinpath("STIXTwoMath-Regular.ttf")
     files.append(File.generated(config, "stylesheets/math.ttf", abs_src_path=str(font)))
+    for file in show_notebook(config):
+        files.append(file)
     for page in Path(config.docs_dir).glob("*.md"):
         for name in LINK.findall(page.read_text()):
-            if (ROOT / name).is_file() and files.get_file_from_path(place(name)) is None:
+            if (ROOT / name).is_file() and ROOT / name != NOTEBOOK and files.get_file_from_path(place(name)) is None:
                 files.append(File.generated(config, place(name), abs_src_path=str(ROOT / name)))
 
 
 def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri in LISTS:
         page.meta["search"] = {"boost": 0.2}
-    return LINK.sub(lambda link: place(link[1]), markdown)
+    return LINK.sub(lambda link: place(link[1]), markdown.replace("../examples/notebook.ipynb", "notebook.md"))
 
 
 def on_page_content(html, page, config, files):

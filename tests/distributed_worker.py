@@ -151,7 +151,11 @@ def main(
         most = watch_parameters(teacher.model)
     if fsdp or not is_own:  # under ZeRO and FSDP the student is only prepared by training
         batch, tokens = make_ragged_batch(rank), count_scored_tokens(teacher)
-        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"], config.objective.top_k)
+        prompts = None
+        if trainer.teacher_scorer.by_text(None, 1)[0]:
+            parts = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+            prompts = [trainer.tokenizer.decode(ids[mask]) for ids, mask in parts]
+        scores = trainer.teacher_scorer.score(batch, batch["completion_mask"], config.objective.top_k, prompts)
         result |= {"scores": scores["teacher_per_token_logps"].tolist(), "tokens": sum(tokens)}
         if "teacher_top_ids" in scores:
             torch.save(scores, Path(output_dir, f"scores_{rank}.pt"))

@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from trl_rlad.alignment import Alignment, Pieces, align, join_pieces, spread
+from trl_rlad.scoring.rows import make_row
 from trl_rlad.teachers import TextContract, TokenScores
 
 
@@ -258,6 +259,22 @@ def test_a_chunk_with_a_token_that_is_not_wanted_is_none():
     restricted = alignment.restrict(torch.tensor([True, False, True, True, True]))
     assert restricted.size == 2
     assert restricted.student.tolist() == [2, 2, 0, 1, 2] and restricted.teacher.tolist() == [2, 0, 0, 1, 2]
+
+
+def test_what_a_tool_has_written_has_no_scores_and_no_teacher_reads_behind_the_last_score():
+    contract, tokenizer = make_contract("bytes", "characters"), make_tokenizer("bytes")
+    ids = torch.tensor(tokenizer("so it is")["input_ids"])
+    wanted = torch.ones(len(ids), dtype=torch.bool)
+    wanted[-2:] = False
+    prompt, own, is_needed, alignment = contract.read("a b", ids, wanted)
+    characters = make_tokenizer("characters")
+    assert characters.convert_ids_to_tokens(prompt.tolist()) == list("a b")
+    assert characters.convert_ids_to_tokens(own.tolist()) == list("so it is")
+    assert torch.equal(alignment.known, wanted) and is_needed.sum() == len(tokenizer.decode(ids[:-2]))
+    row = make_row(contract, "a b", ids, wanted)
+    assert len(row.completion) == is_needed.sum() and row.alignment is not None
+    assert make_row(contract, "a b", ids, wanted & False) is None
+    assert make_row(contract, "a b", ids[:0].new_tensor([0]), torch.tensor([True])) is None  # <unk> alone
 
 
 def test_named_tokens_are_those_that_are_one_token_of_the_student_where_the_chunk_is_one_of_the_teacher():

@@ -153,6 +153,21 @@ def test_fsdp2(tmp_path, paths, unsharded):
     assert all(result["most_parameters"] < limit for result in results), "a full copy of the teacher"
 
 
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_a_teacher_with_another_tokenizer(way, tmp_path, paths):
+    renamed = tiny.save_renamed(tmp_path / "renamed", paths["teacher"])
+    options = {"student": paths["student"], "teacher": renamed} | ({"fsdp": "no"} if way == "fsdp2" else {})
+    results = launch(tmp_path / "run", "ddp" if way == "fsdp2" else way, **options)
+    classes = {"ddp": "LocalTeacher", "zero3": "ZeRO3Teacher", "fsdp2": "FSDPTeacher"}
+    assert results[0]["teacher"] == classes[way]
+    for rank, result in enumerate(results):
+        batch, scores = make_ragged_batch(rank), torch.tensor(result["scores"])
+        known = batch["completion_mask"].bool() & ~torch.isin(batch["completion_ids"], torch.tensor([0, 3]))
+        expected = naive_scores(paths["teacher"], batch, temperature=1.0)
+        torch.testing.assert_close(scores, expected.where(known, 0.0), rtol=0, atol=1e-5)
+        assert all(log["teacher/unaligned"] < 0.5 for log in result["logs"])
+
+
 @pytest.mark.parametrize("way", ["zero3", "fsdp2"])
 def test_a_sharded_adapter(way, tmp_path, paths):
     # On the LM head too, which is then asked for all its logits: that is tried by both processes at once

@@ -155,3 +155,18 @@ def test_a_process_that_ran_out_of_memory_still_deals_as_the_others(processes):
     assert results[1] == [] and len(results[0]) == 8
     for (_, scores), expected in zip(results[0], score(rows), strict=True):
         assert torch.equal(scores.logps, expected.logps)
+
+
+def test_of_a_sharded_teacher_every_process_gets_the_like(processes):
+    # Each pass waits for the widest one: of one process two rows of 42 tokens, which cost 2 * (42 + 9), and of the
+    # other 4 * (22 + 2) + 6
+    scored = [[], []]
+
+    def work(accelerator):
+        rank = accelerator.process_index
+        rows = make_rows(rank, [[(0, 40, False)] * 2, [(0, 20, False)] * 4 + [(0, 4, False)]][rank])
+        watched = lambda dealt: scored[rank].extend(map(len, dealt)) or score(dealt)  # noqa: E731
+        return exchange(rows, watched, make_teacher(is_sharded=True), 50, 2, accelerator)
+
+    processes(2).run(work)
+    assert [sorted(lengths) for lengths in scored] == [[6, 22, 22, 42], [22, 22, 42]]

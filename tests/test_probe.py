@@ -781,7 +781,7 @@ def test_the_page_has_the_decision_the_picture_and_the_rollouts(tmp_path):
     assert "<td>signal<td>0%<td>0% to 40%<td>12<td>groups" in head
     assert "<td>teacher_rescues<td>0%<td>too few (1)<td>1<td>" in head
     assert r"say \u003ci>" in view and r"\u003cb>" in view and "<i>" not in page and page.count("<!doctype") == 1
-    assert "://" not in page  # nothing is fetched
+    assert "http:" not in page and "https:" not in page  # nothing is fetched
 
 
 def test_the_student_as_its_own_teacher(probe, student_path):

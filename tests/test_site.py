@@ -122,3 +122,11 @@ def test_a_newcomers_words_find_their_page_first(site):
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
     first = {question: pages[0].partition("#")[0] for question, pages in zip(QUESTIONS, found, strict=True)}
     assert first == QUESTIONS
+
+
+def test_the_notebook_is_a_page_with_its_outputs(site):
+    cells = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    page = (site / "notebook" / "index.html").read_text()
+    assert "Held-out puzzles solved: " in page and page.count("<img") == 1 and not list(site.rglob("*.ipynb*"))
+    assert outputs and not [output for output in outputs if output.get("name") == "stderr"]

@@ -39,21 +39,20 @@ class Pieces:
         self.by_id = [b""] * (max(vocabulary.values()) + 1)
         words = {id: token for token, id in vocabulary.items() if id not in added}
         decoder = backend.decoder.__getstate__() if backend.decoder else b""
+        first, start = next((id, text) for id in words if (text := backend.decode([id])).isalnum())
         if b"ByteLevel" in decoder:
-            to_byte = {char: byte for byte, char in bytes_to_unicode().items()}
-            for id, token in words.items():
-                self.by_id[id] = bytes(to_byte[char] for char in token)
+            to_byte = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
+            for id, token in words.items():  # what isn't in these letters stands for itself
+                self.by_id[id] = b"".join(to_byte.get(char, char.encode()) for char in token)
         else:
             # Behind a token that is the same at the beginning of a text
-            first, start = next((id, text) for id in words if (text := backend.decode([id])).isalnum())
             texts = backend.decode_batch([[first, id] for id in words], skip_special_tokens=False)
             for (id, token), text in zip(words.items(), texts, strict=True):
                 byte = BYTE_TOKEN.fullmatch(token) if b"ByteFallback" in decoder else None
                 self.by_id[id] = bytes.fromhex(byte[1]) if byte else text.removeprefix(start).encode()
         for id, token in added.items():
             self.by_id[id] = token.content.encode()
-        sample = next(text for id in words if (text := backend.decode([id])).isalnum())
-        self.adds_space = b"".join(self.read(self.encode(sample)[0])[0]).startswith(b" ")
+        self.adds_space = b"".join(self.read(self.encode(start)[0])[0]).startswith(b" ")
 
     def read(self, ids: Sequence[int]) -> tuple[list[bytes], list[bool]]:
         """The pieces of tokens, nothing for ids beyond the vocabulary, and which of them are text."""

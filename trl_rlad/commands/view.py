@@ -91,7 +91,7 @@ def _steps(steps):
 def main(arguments: list[str] | None = None):
     parser = ArgumentParser("trl-rlad view", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder, or NAME=FOLDER; the newest if left out")
-    parser.add_argument("--output", type=Path, help="where the page goes: view.html in the run's folder if left out")
+    parser.add_argument("--output", type=Path, help="where the page goes (default: view.html in the run's folder)")
     parser.add_argument("--step", type=int, help="show only the rollouts of this step")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="show groups until they have this many tokens")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")

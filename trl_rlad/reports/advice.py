@@ -41,9 +41,11 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
 
     1. A teacher that is the student, to rounding, has nothing to say: GRPO.
     2. One that contradicts what the student is sure of in most failures names, in the loss, what it would have said,
-       unless none of its own answers is right. Elsewhere GRPO.
+       unless none of its own answers is right.
     3. If it contradicts successes too, or is itself often wrong, it is believed only where it is right.
-    4. Before that, if it answers prompts on which the student fails throughout: imitate its right answers offline.
+    4. Where it contradicts little, a soft student whose groups are mixed learns from its grades: RLAD; and from what it
+       names where the student failed, if its own answers are right. Elsewhere GRPO.
+    5. Before that, if it answers prompts on which the student fails throughout: imitate its right answers offline.
     """
     turned = []
 
@@ -54,11 +56,14 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
     if abs(figures["gap"].value) < SAME and figures["beyond_clip"].value == 0.0:
         return Choice("grpo")
     accuracy = figures.get("teacher_accuracy")
-    names = reaches("contradicted_failed") and (accuracy is None or accuracy.value != 0.0)
+    knows = accuracy is None or accuracy.value != 0.0
+    names = knows and reaches("contradicted_failed")
     flawed = names and (
         reaches("contradicted_succeeded") or (accuracy is not None and not reaches("teacher_accuracy"))
     )
     loss = "rlad_named" if names else "grpo"
+    if knows and not names and reaches("student_entropy") and reaches("signal"):
+        loss = "rlad_named" if accuracy is not None and reaches("teacher_accuracy") else "rlad"
     if reaches("teacher_rescues"):
         return Choice(OFFLINE, loss, flawed, tuple(turned))
     return Choice(loss, "", flawed, tuple(turned))
@@ -72,13 +77,14 @@ def how_sure(choice: Choice, figures: dict) -> str:
     told, doubts = [], []
     for name in names:
         (value, low, high, groups), bound = figures[name], STUDY["bounds"][name]
-        if value in (0.0, 1.0) and groups:  # all alike: the bootstrap can't draw what it hasn't seen (rule of three)
+        form = ".2f" if name == "student_entropy" else ".0%"  # nats
+        if form == ".0%" and value in (0.0, 1.0) and groups:  # all alike: the bootstrap can't draw what it hasn't seen (rule of three)
             low, high = max(value - 3 / groups, 0.0), min(value + 3 / groups, 1.0)
         if groups < FEW:
             doubts.append(f"{name} rests on too few groups ({groups})")
         elif low < bound <= high:
-            doubts.append(f"{name} is {low:.0%} to {high:.0%} ({groups} groups), with the bound of {bound:.0%} within")
-        told.append(f"{name} is {value:.0%} ({low:.0%} to {high:.0%}, {groups} groups), the bound {bound:.0%}")
+            doubts.append(f"{name} is {low:{form}} to {high:{form}} ({groups} groups), with the bound of {bound:{form}} within")
+        told.append(f"{name} is {value:{form}} ({low:{form}} to {high:{form}}, {groups} groups), the bound {bound:{form}}")
     if doubts:
         text = f"not sure, ask again with --prompts {4 * figures['prompts']}: {'; '.join(doubts)}"
     else:

@@ -27,7 +27,7 @@ PANELS = {
 }
 DASHES = ("", "6 3", "2 3", "8 2 2 2", "1 2")
 COLORS = ("#3b7dd8", "#e0711c", "#2f9e62", "#b455c9", "#c9a100", "#d14a6b")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 44, 46, 8, 22  # of a panel, and of its margins
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 52, 56, 8, 22  # of a panel, and of its margins
 
 
 def draw_curves(logs: dict[str, list[list[dict]]]) -> str:
@@ -87,7 +87,7 @@ def _figure(title, curves, colors):
     steps = [step for *_, found in curves for curve in found for step in curve]
     x, y = _scale(steps, LEFT, WIDTH - RIGHT), _scale(values, HEIGHT - BOTTOM, TOP)
     parts = [
-        f'<text x="{LEFT - 6}" y="{y(value) + 3:.1f}" text-anchor="end">{value:.3g}</text>'
+        f'<text x="{LEFT - 6}" y="{y(value) + 3:.1f}" text-anchor="end">{_short(value)}</text>'
         f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>'
         for value in sorted({min(values), max(values)})
     ]
@@ -116,7 +116,7 @@ def _figure(title, curves, colors):
     place = -inf
     for end, color, value in sorted(ends):  # the last values beside their lines, one below the other
         place = max(end + 3, place + 10)
-        parts.append(f'<text fill="{color}" x="{WIDTH - RIGHT + 6}" y="{place:.1f}">{value:.3g}</text>')
+        parts.append(f'<text fill="{color}" x="{WIDTH - RIGHT + 6}" y="{place:.1f}">{_short(value)}</text>')
     keys = "".join(
         f'<span><svg viewBox="0 0 24 6"><polyline stroke="currentColor" points="0,3 24,3" '
         f'stroke-dasharray="{DASHES[number % len(DASHES)]}"/></svg>{escape(label)}</span>'
@@ -126,6 +126,10 @@ def _figure(title, curves, colors):
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}, by step">{"".join(parts)}</svg>'
     )
     return f'<figure><figcaption>{escape(title)}</figcaption>{picture}<div class="keys">{keys}</div></figure>'
+
+
+def _short(value):
+    return f"{value:.3g}" if abs(value) >= 0.1 or value == 0.0 else f"{value:.2g}"
 
 
 def _scale(values: list[float], start: float, end: float) -> Callable[[float], float]:

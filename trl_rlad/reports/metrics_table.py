@@ -1,4 +1,4 @@
-"""What to see of a run in the terminal."""
+"""What to see of a run in the terminal or a notebook."""
 
 from statistics import mean
 
@@ -16,7 +16,7 @@ ROWS = (
 class MetricsTable(TrainerCallback):
     """
     Prints what matters of a run with a teacher as a small table every so many steps: the mean since the last table,
-    and the change from that one. Needs `rich`.
+    and the change from that one; in a notebook in the place of that one. Needs `rich`.
 
     Args:
         steps (`int`, *optional*, defaults to `10`):
@@ -60,4 +60,9 @@ class MetricsTable(TrainerCallback):
                 change = f"{now[name] - self.before[name]:+.3f}" if name in self.before else ""
                 table.add_row(name, f"{now[name]:.3f}", change)
         self.before = now
-        Console().print(table)
+        console = Console()
+        if console.is_jupyter:
+            from IPython.display import clear_output
+
+            clear_output(wait=True)
+        console.print(table)

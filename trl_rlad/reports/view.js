@@ -171,9 +171,9 @@
       this.canvas = make("canvas", {role: "img", title: "where student and teacher disagree: click to go there",
         "aria-label": "where student and teacher disagree, from the first token to the last"});
       this.canvas.addEventListener("click", (event) => {
-        if (!this.bins.length) return;
-        const share = event.offsetX / this.canvas.clientWidth;
-        go(this, this.bins[Math.min(this.bins.length - 1, Math.floor(share * this.bins.length))][0]);
+        const k = Math.floor((event.offsetX / this.canvas.clientWidth) * this.bins.length);
+        const near = this.bins.slice(Math.max(0, k - 3), k + 4).sort((x, y) => Math.abs(y[1]) - Math.abs(x[1]));
+        if (near.length) go(this, near[0][0]);
       });
       this.body = make("div", {class: "body"});
       this.root = make("div", {class: "row"}, make("div", {class: "label"}, ...lines, this.canvas), this.body);

@@ -47,7 +47,7 @@ class EvaluationArguments:
         model_name_or_path (`str`, *optional*):
             Name or path of the model. `None` takes the student of a task in miniature.
         task (`str`, *optional*, defaults to `"chains"`):
-            Task: `"chains"`, `"mini"`, `"math"`, or the name of a task of reasoning-gym, as in `trl-rlad train`.
+            Task: `"chains"`, `"mini"`, `"math"`, or the name of one of reasoning-gym, as in `trl-rlad train`.
         task_kwargs (`str` or `dict`, *optional*):
             Settings of the task, as JSON.
         eval_size (`int`, *optional*, defaults to `384`):

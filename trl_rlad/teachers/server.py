@@ -170,7 +170,7 @@ class ServedTeacher:
 
         def read(answer):
             if self.is_sglang:
-                return read_scores(read_sglang(answer, ids), ids, top_k, self.vocab_size)
+                return read_scores(read_sglang(answer), ids, top_k, self.vocab_size)
             name = answer.get("model")
             self.model_in_answers = self.model_in_answers or name
             if name != self.model_in_answers:
@@ -252,12 +252,10 @@ def read_vllm(answer: Any, start: int, ids: list[int]) -> list[dict[str, Any]]:
     return [{key: value["logprob"] for key, value in entry.items()} for entry in entries[start:]]
 
 
-def read_sglang(answer: Any, ids: list[int]) -> list[dict[str, Any]]:
+def read_sglang(answer: Any) -> list[dict[str, Any]]:
     """The same of SGLang, whose lists begin with the token before, of which it says nothing."""
     scores = answer["meta_info"]
     sampled, named = scores["input_token_logprobs"][1:], scores.get("input_top_logprobs") or []
-    if [id for _, id, *_ in sampled] != ids:
-        raise ValueError(f"the entries are of {len(sampled)} tokens, and not of the {len(ids)} that were sent")
     entries = [[each, *(top or [])] for each, top in zip_longest(sampled, named[1:])]
     return [{str(id): logp for logp, id, *_ in entry} for entry in entries]
 
