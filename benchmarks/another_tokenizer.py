@@ -145,6 +145,7 @@ def report(lines: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/another_tokenizer"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
@@ -163,7 +164,7 @@ def main():
         if (name, None) not in done:
             add({"method": name, "accuracy": round(measure(str(path), length), 4)})
     for seed in SEEDS:
-        for method in METHODS:
+        for method in args.methods:
             if (method, seed) not in done:
                 add(run(method, seed, teacher, args.output_dir / "runs"))
 

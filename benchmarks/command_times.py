@@ -40,8 +40,7 @@ def main():
     ]
     text = f"""# Times of the commands
 
-Seconds of one core (`python benchmarks/command_times.py RUN --before CHECKOUT`; Python
-{sys.version.split()[0]}).
+Seconds of one core (`python benchmarks/command_times.py RUN --before CHECKOUT`; Python {sys.version.split()[0]}).
 
 | | before | now |
 |---|---|---|

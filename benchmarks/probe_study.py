@@ -4,9 +4,9 @@ Does `trl-rlad probe` foretell which method wins? Its figures beside the results
     python benchmarks/probe_study.py
     python benchmarks/probe_study.py --write    # only what the probe quotes, from the results that are there
 
-For each student and each teacher of that study, whose runs are in `results/comparison_runs.jsonl`. It takes three
-minutes on a CPU core, and another three the first time, for the models of the study. What the probe quotes of it goes
-to `trl_rlad/reports/study.json`.
+For each student and each teacher of that study, whose runs are in `results/comparison_runs.jsonl` and
+`chains_runs.jsonl`. It takes five minutes on a CPU core, and another five the first time, for the models of the
+study. What the probe quotes of it goes to `trl_rlad/reports/study.json`.
 """
 
 import argparse
@@ -27,24 +27,37 @@ from trl_rlad.scripts.arguments import read_method
 
 RESULTS = Path(__file__).parent / "results"
 QUOTED = Path(__file__).parents[1] / "trl_rlad" / "reports" / "study.json"
-CASES = [(student, teacher) for student in comparison.STUDENTS for teacher in ("strong", "flawed")]
+HALF = [("half_gpt", "strong"), ("half_qwen3", "strong")]
+CASES = [(student, teacher) for student in comparison.STUDENTS for teacher in ("strong", "flawed")] + HALF
 FIGURES = (
     "mean@1 pass@k signal all_failed student_entropy gap beyond_clip discrimination teacher_auc student_auc "
     "prefers_rewarded prefers_punished contradicted_failed contradicted_succeeded top1 entropy clip_high@0.5 "
     "clip_low@0.5"
 ).split()
-METHODS = ("RLAD", "credit", "KDRL", "on-policy distillation", "RLAD + named", "offline distillation")
-# Read off the six cases by eye: `contradicted_failed` is .99 where naming helped and at most .48 elsewhere,
-# `contradicted_succeeded` 0 of each strong teacher and .12 at least of a flawed one
+METHODS = (
+    "RLAD",
+    "credit",
+    "KDRL",
+    "KDRL, bounded",
+    "on-policy distillation",
+    "on-policy distillation, bounded",
+    "RLAD + named",
+    "offline distillation",
+)
+# Read off the cases by eye: `contradicted_failed` is .99 where only naming helped and at most .48 elsewhere,
+# `contradicted_succeeded` 0 to .02 of each strong teacher and .12 at least of a flawed one; `student_entropy` is .75
+# nats at least where RLAD helped and .16 at most elsewhere, `signal` .70 and .35
 BOUNDS = {
     "contradicted_failed": 0.75,
     "contradicted_succeeded": 0.05,
+    "student_entropy": 0.35,
+    "signal": 0.5,
     "teacher_accuracy": 0.9,
     "teacher_rescues": 0.25,
 }
 LIMITS = (
-    "The bounds were read off six pairs of small models on one task, with no others to try them on. The probe tells "
-    "what the teacher could teach, not whether the student can learn it."
+    "The bounds were read off eight pairs of small models on two tasks, with no others to try them on. The probe "
+    "tells what the teacher could teach, not whether the student can learn it."
 )
 
 
@@ -59,7 +72,7 @@ after training, in points, from the runs of [the comparison](../../comparison.py
 def gains(student, teacher, methods=METHODS):
     """Gain over GRPO of each method in the study, in points, with half the width of its 95% interval."""
     plan = comparison.make_plan(student)
-    results = tables.read_results(RESULTS / "comparison_runs.jsonl")
+    results = [run for name in ("comparison", "chains") for run in tables.read_results(RESULTS / f"{name}_runs.jsonl")]
     rates = tables.choose_rates(tables.select(results, comparison.shorten(plan)), plan)
     runs = tables.select(results, plan)
     grpo = tables.pick(runs, "GRPO", teacher, rates["GRPO"], plan["seeds"])
@@ -84,16 +97,38 @@ def probe(student, teacher, prompts, models):
     return figures | probe.sample_teacher(prompts)
 
 
+def read_figure(name):
+    """A figure of each case, from the table."""
+    table = (RESULTS / "probe" / "study.md").read_text()
+    row = re.search(rf"^\| `{name}` \| (.*) \|$", table, re.MULTILINE)[1]
+    return dict(zip(CASES, (float(cell.split()[0]) for cell in row.split(" | ")), strict=True))
+
+
+def leave_out(study, figure):
+    """
+    Whether a bound on a figure, halfway (in the logarithm) between the cases in which RLAD gained and those in which
+    it didn't, says for each student whether RLAD gains, if that student has no part in the bound.
+    """
+    gained = {case: points - width > 0.0 for case, (points, width) in ((c, s["RLAD"]) for c, s in study.items())}
+    right = {}
+    for student in dict(CASES):
+        others = [case for case in CASES if case[0] != student]
+        low = max(figure[case] for case in others if not gained[case])
+        high = min(figure[case] for case in others if gained[case])
+        right[student] = all(
+            (figure[case] > (low * high) ** 0.5) == gained[case] for case in CASES if case[0] == student
+        )
+    return right
+
+
 def quote():
     """What `trl_rlad.reports.advice` goes by and says of the study, in points of accuracy over or below GRPO's."""
-    table = (RESULTS / "probe" / "study.md").read_text()
-    row = re.search(r"^\| `contradicted_failed` \| (.*) \|$", table, re.MULTILINE)[1]
-    contradicted = dict(zip(CASES, (float(cell.split()[0]) for cell in row.split(" | ")), strict=True))
+    contradicted, entropy = read_figure("contradicted_failed"), read_figure("student_entropy")
     study = {case: gains(*case, comparison.METHODS) for case in CASES}
     flawed = [case for case in CASES if case[1] == "flawed"]
     sure = ("mistaken", "strong")  # the case in which naming helps
     offline = [study[case]["offline distillation"][0] for case in CASES]
-    elsewhere = [100 * share for (student, _), share in contradicted.items() if student != "mistaken"]
+    elsewhere = [100 * share for (student, _), share in contradicted.items() if student in ("hasty", "sheltered")]
     best_in = sum(max(each.values())[0] == best for each, best in zip(study.values(), offline, strict=True))
     trusted = max((-study[case]["RLAD + named, trusted"][0], case) for case in flawed)[1]
 
@@ -107,7 +142,7 @@ def quote():
     costs = span([-study[case]["RLAD + named"][0] for case in flawed])
     return {
         "source": "python benchmarks/probe_study.py --write",
-        "basis": "six pairs of small models",
+        "basis": "eight pairs of small models",
         "bounds": BOUNDS,
         "evidence": {
             "contradicted_failed": f"Naming gained {gain(sure, 'RLAD + named')} points over GRPO where "
@@ -115,6 +150,11 @@ def quote():
             "contradicted_succeeded": "A teacher that contradicts successes, or is often wrong, cost "
             f"{costs} points when it named everywhere; with teacher_weight at most "
             f"{gain(trusted, 'RLAD + named, trusted', -1)}.",
+            "student_entropy": "On two half-learned students RLAD gained "
+            f"{' and '.join(gain(case, 'RLAD') for case in HALF)} points over GRPO, and "
+            f"{' and '.join(gain(case, 'RLAD + named') for case in HALF)} if the teacher named too. They had "
+            f"{' and '.join(f'{entropy[case]:.2f}' for case in HALF)} nats; where RLAD gained nothing it was "
+            f"{max(entropy[case] for case in CASES if case not in HALF):.2f} at most.",
             "teacher_rescues": f"Offline distillation was best in {best_in} of {len(CASES)} cases, by {span(offline)} "
             "points over GRPO, and better alone than with half of its steps given to RLAD "
             f"({gain(sure, 'offline distillation')} against {gain(sure, 'offline, then RLAD + named')}).",
@@ -159,10 +199,15 @@ def run(args):
         rows.append([f"{method}, over GRPO", *("{:+.1f} ± {:.1f}".format(*cell) if cell else "-" for cell in cells)])
     for name in ("do", "then"):
         rows.append([f"the probe's advice: {name}", *(recommend(found[case])[name] or "-" for case in CASES)])
+    right = leave_out(study, {case: found[case]["student_entropy"].value for case in CASES})
     table = "\n".join("| " + " | ".join(row).replace("nan (nan to nan)", "-") + " |" for row in rows)
     path = RESULTS / "probe" / "study.md"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"{HEAD.format(prompts=args.prompts)}\n{table}\n")
+    foretold = (
+        "Whether RLAD gains over GRPO, foretold by `student_entropy` with the bound fitted without the student in "
+        f"question: right for {sum(right.values())} of {len(right)} students."
+    )
+    path.write_text(f"{HEAD.format(prompts=args.prompts)}\n{table}\n\n{foretold}\n")
     print(f"Wrote {path}")
 
 

@@ -192,6 +192,15 @@ def test_what_is_no_utf_8_is_left_out_and_spoils_nothing_beside_it():
     assert alignment.known.tolist() == [True] * (len(ids) - 2) + [False] * 2
 
 
+def test_behind_what_a_tokenizer_changes_chunks_go_on():
+    contract, tokenizer = make_contract("bytes", "wordpiece"), make_tokenizer("bytes")
+    ids = tokenizer("The teacher  is The teacher")["input_ids"]  # it writes in lower case, and one space for two
+    words = [
+        tokenizer.decode(each) for each, known in zip(ids, contract.align(ids, True)[1].known, strict=True) if known
+    ]
+    assert "".join(words) == " teacher teacher"
+
+
 def test_ends_of_turn_are_each_others():
     contract = make_contract("bytes", "unigram")
     student, teacher = make_tokenizer("bytes"), make_tokenizer("unigram")

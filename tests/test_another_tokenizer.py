@@ -58,6 +58,17 @@ def test_with_one_token_for_one_all_is_as_with_shared_ids(settings, student_path
     assert found.logs[0]["teacher/unaligned"] == 0.0
 
 
+def test_special_tokens_are_left_out_and_counted(student_path, renamed, tmp_path):
+    trainer = train(student_path, renamed, tmp_path)
+    for (batch, _), log in zip(trainer.seen, trainer.logs, strict=True):
+        rows = batch["teacher_mask"].any(1)  # that were wanted
+        is_token = batch["completion_mask"][rows].bool()
+        is_special = torch.isin(batch["completion_ids"][rows], torch.tensor([0, 3])) & is_token
+        assert torch.equal(batch["teacher_mask"][rows], is_token & ~is_special) and is_special.any()
+        assert not batch["teacher_per_token_logps"][rows][is_special].any()
+        assert log["teacher/unaligned"] == pytest.approx((is_special.sum() / is_token.sum()).item())
+
+
 @pytest.mark.parametrize("reward", [tiny.reward, tiny.async_reward])
 def test_teachers_of_different_tokenizers_score_one_batch(reward, student_path, teacher_path, renamed, tmp_path):
     wide = tiny.save_model(tmp_path / "wide", seed=2, hidden_size=32)

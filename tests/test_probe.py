@@ -209,9 +209,13 @@ def test_what_is_at_a_bound_is_within_it():
 
 def make_figures(groups=100, prompts=32, width=0.0, **values):
     """Figures of a probe of a teacher that contradicts failures and no success."""
-    shares = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0} | values
+    shares = {"gap": 1.0, "beyond_clip": 0.1, "contradicted_failed": 0.99, "contradicted_succeeded": 0.0}
+    shares |= {"student_entropy": 0.1, "signal": 0.8} | values
     estimates = {name: Estimate(x, x - width, x + width, groups) for name, x in shares.items()}
     return {**estimates, "prompts": prompts}
+
+
+SOFT = {"contradicted_failed": 0.1, "student_entropy": 0.35, "signal": 0.5}  # each at its bound
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,14 @@ def make_figures(groups=100, prompts=32, width=0.0, **values):
         ({"teacher_accuracy": 0.89, "teacher_rescues": 0.25}, OFFLINE, "rlad_named", True),
         ({"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, OFFLINE, "rlad_named", False),
         ({"contradicted_failed": 0.1, "teacher_accuracy": 0.67, "teacher_rescues": 0.66}, OFFLINE, "grpo", False),
+        (SOFT, "rlad", "", False),
+        (SOFT | {"student_entropy": 0.34}, "grpo", "", False),
+        (SOFT | {"signal": 0.49}, "grpo", "", False),
+        (SOFT | {"contradicted_failed": 0.99}, "rlad_named", "", False),
+        (SOFT | {"teacher_accuracy": 0.9}, "rlad_named", "", False),
+        (SOFT | {"teacher_accuracy": 0.89}, "rlad", "", False),
+        (SOFT | {"teacher_accuracy": 0.0}, "grpo", "", False),
+        (SOFT | {"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, OFFLINE, "rlad_named", False),
     ],
 )
 def test_the_bounds_of_the_rule(changes, first, then, where_right):
@@ -263,6 +275,7 @@ def test_every_method_that_may_be_advised_has_its_settings_and_each_bound_its_fi
         # None of 50 groups: three in 50, by the rule of three, are not ruled out
         (make_figures(groups=50), "not sure", ": contradicted_succeeded is 0% to 6% (50 groups), with the"),
         (make_figures(groups=61), "clear", "contradicted_succeeded is 0% (0% to 5%, 61 groups)"),
+        (make_figures(**SOFT | {"student_entropy": 0.8, "signal": 0.7}), "clear", "student_entropy is 0.80 (0.80 to"),
         # Only what decides on the first thing to do
         (make_figures(teacher_accuracy=1.0, teacher_rescues=1.0), "clear", ": teacher_rescues is 100% (97% to 100%"),
     ],

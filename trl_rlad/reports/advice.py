@@ -43,8 +43,8 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
     2. One that contradicts what the student is sure of in most failures names, in the loss, what it would have said,
        unless none of its own answers is right.
     3. If it contradicts successes too, or is itself often wrong, it is believed only where it is right.
-    4. Where it contradicts little, a soft student whose groups are mixed learns from its grades: RLAD; and from what it
-       names where the student failed, if its own answers are right. Elsewhere GRPO.
+    4. Where it contradicts little, a soft student whose groups are mixed learns from its grades: RLAD; and from what
+       it names, if its own answers are right. Elsewhere GRPO.
     5. Before that, if it answers prompts on which the student fails throughout: imitate its right answers offline.
     """
     turned = []
@@ -76,15 +76,17 @@ def how_sure(choice: Choice, figures: dict) -> str:
     names = ["teacher_rescues"] if choice.first == OFFLINE else [name for name in choice.turned if name in figures]
     told, doubts = [], []
     for name in names:
-        (value, low, high, groups), bound = figures[name], STUDY["bounds"][name]
-        form = ".2f" if name == "student_entropy" else ".0%"  # nats
-        if form == ".0%" and value in (0.0, 1.0) and groups:  # all alike: the bootstrap can't draw what it hasn't seen (rule of three)
+        value, low, high, groups = figures[name]
+        is_share = name != "student_entropy"  # which is in nats
+        if is_share and value in (0.0, 1.0) and groups:  # the bootstrap can't draw what it hasn't seen: rule of three
             low, high = max(value - 3 / groups, 0.0), min(value + 3 / groups, 1.0)
+        bound = STUDY["bounds"][name]
+        shown, least, most, limit = (f"{x:.0%}" if is_share else f"{x:.2f}" for x in (value, low, high, bound))
         if groups < FEW:
             doubts.append(f"{name} rests on too few groups ({groups})")
         elif low < bound <= high:
-            doubts.append(f"{name} is {low:{form}} to {high:{form}} ({groups} groups), with the bound of {bound:{form}} within")
-        told.append(f"{name} is {value:{form}} ({low:{form}} to {high:{form}}, {groups} groups), the bound {bound:{form}}")
+            doubts.append(f"{name} is {least} to {most} ({groups} groups), with the bound of {limit} within")
+        told.append(f"{name} is {shown} ({least} to {most}, {groups} groups), the bound {limit}")
     if doubts:
         text = f"not sure, ask again with --prompts {4 * figures['prompts']}: {'; '.join(doubts)}"
     else:
