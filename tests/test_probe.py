@@ -787,10 +787,12 @@ def test_the_page_has_the_decision_the_picture_and_the_rollouts(tmp_path):
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"the picture")
     record = {**ROLLOUTS[0], "step": 0, "prompt": "say <i>", "tokens": ["a", "<b>"]}
-    page = render_page(FIGURES_TO_PRINT, picture, [record])
+    figures = {**FIGURES_TO_PRINT, "advice": {**FIGURES_TO_PRINT["advice"], "then": "<u>"}}
+    page = render_page(figures, picture, [record])
     head, view = page.split("</table>")
     assert "<b>d &lt;b&gt;</b>" in head and f"<pre>{'p ' * 200}</pre>" in head and "pupil, taught by master" in head
     assert f'src="data:image/png;base64,{b64encode(b"the picture").decode()}"' in head
+    assert "then: &lt;u&gt;" in head and "<u>" not in page
     assert "<td>signal<td>0%<td>0% to 40%<td>12<td>groups" in head
     assert "<td>teacher_rescues<td>0%<td>too few (1)<td>1<td>" in head
     assert r"say \u003ci>" in view and r"\u003cb>" in view and "<i>" not in page and page.count("<!doctype") == 1
