@@ -221,7 +221,7 @@ CHUNKS = torch.tensor(
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_loss_and_its_gradient_are_those_of_the_definition(level, make_trainer):
-    batch = make_batch(teacher_first=CHUNKS)
+    batch = make_batch(teacher_first=CHUNKS, rollout=torch.arange(6))
     batch["teacher_mask"][0, 6] = False
     logps, old, defined = make_logps(batch), batch["old_per_token_logps"].double(), {**batch}
     defined["teacher_per_token_logps"] = means = batch["teacher_per_token_logps"].double()
