@@ -3,7 +3,7 @@ Run the main job, `examples/rlad_grpo.py`, by four methods with five seeds, and 
 
     python benchmarks/main_job.py
 
-A run takes a minute and a half of one CPU core, and two go side by side; those that are in the output folder already
+A run takes a minute of one CPU core, and two go side by side; those that are in the output folder already
 aren't made again.
 """
 

@@ -82,7 +82,7 @@ def test_a_method_is_the_same_alone_and_in_the_miniature(name, parse, tmp_path):
     alone = RLADConfig(str(tmp_path), **small, **settings)
     script_args, args, _ = parse("--config", METHODS / f"{name}.yaml")
     assert objective(args) == objective(alone)
-    assert (script_args.task, script_args.train_size, args.learning_rate) == ("chains", 4800, 2e-4)
+    assert (script_args.task, script_args.train_size, args.learning_rate) == ("chains", 2400, 2e-4)
     assert args.needs_teacher == (name != "grpo")
 
 
@@ -90,7 +90,7 @@ def test_what_the_miniature_is_the_base_of(parse, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("max_steps: 7\n")
     script_args, args, _ = parse("--config", config, "--alpha", 0.25)
-    assert (args.max_steps, args.alpha, script_args.train_size) == (7, 0.25, 4800)
+    assert (args.max_steps, args.alpha, script_args.train_size) == (7, 0.25, 2400)
     for named in ("task: chain_sum", "model_name_or_path: x"):
         config.write_text(f"{named}\noutput_dir: {tmp_path}\nbf16: false\n")
         script_args, args, _ = parse("--config", config)

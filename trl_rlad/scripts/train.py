@@ -2,7 +2,7 @@ r"""
 Train a student with reinforcement learning while a teacher guides it: TRL's `grpo` script, with a teacher.
 
 Without arguments: chains of operators, offline, with the two small models that come along: a student that has half
-learned the task, and its teacher. It takes two minutes on two CPU cores.
+learned the task, and its teacher. It takes a minute on two CPU cores.
 
     trl-rlad train
 
