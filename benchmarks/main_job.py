@@ -10,6 +10,7 @@ aren't made again.
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ SEEDS = (0, 1, 2, 3, 4)
 
 def run(flags, seed, output_dir):
     """Accuracy in percent before and after."""
-    folder = output_dir / f"{flags.replace('--', '').replace(' ', '_') or 'main'}-{seed}"
+    folder = output_dir / f"{re.sub('[^a-z0-9.]+', '_', flags).strip('_') or 'main'}-{seed}"
     printed = folder / "printed.txt"
     if not printed.exists():
         command = [sys.executable, "-m", "accelerate.commands.launch", "examples/rlad_grpo.py", *flags.split()]
@@ -51,10 +52,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "main_job", help="where the runs go")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the report goes")
+    parser.add_argument("--flags", default="", help='further ones for all runs, such as "--max_steps 600"')
     args = parser.parse_args()
     jobs = list(product(SEEDS, METHODS))
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda job: run(METHODS[job[1]], job[0], args.output_dir.absolute()), jobs)
+        runs = [(f"{METHODS[method]} {args.flags}".strip(), seed, args.output_dir.absolute()) for seed, method in jobs]
+        found = pool.map(lambda each: run(*each), runs)
     found = dict(zip(jobs, found, strict=True))
     results = {"before": [found[seed, "GRPO"][0] for seed in SEEDS]}
     results |= {method: [found[seed, method][1] for seed in SEEDS] for method in METHODS}
@@ -62,7 +65,7 @@ def main():
     lines = [
         "# The main job",
         "",
-        f"`python benchmarks/main_job.py` on {time.strftime('%d %B %Y')}, {packages}.",
+        f"`{shlex.join(['python', *sys.argv])}` on {time.strftime('%d %B %Y')}, {packages}.",
         "Accuracy in percent on 2,000 held-out puzzles, sampled at temperature 0.6 and top-p 0.95, mean and 95%",
         "interval over five seeds; one learning rate for all, the best for GRPO.",
         "",

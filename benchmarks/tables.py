@@ -180,8 +180,11 @@ def report(results, swept, rates, plan, path, command):
     """Write the tables to `path` and the curves beside it, as far as there are runs."""
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     strong = pick(results, "GRPO", "strong", rates.get("GRPO"), plan["seeds"])
-    taught_by = {run["teacher"] for run in results}
-    teachers = [teacher for teacher in ("strong", "flawed") if strong and teacher in taught_by]
+    counts = {
+        teacher: [len(pick(results, method, teacher, rate, plan["seeds"])) for method, rate in rates.items()]
+        for teacher in ("strong", "flawed")
+    }
+    teachers = [teacher for teacher in counts if strong and sorted(counts[teacher])[-2:] == 2 * [len(strong)]]
     parts = [
         f"# The comparison in miniature: {plan['student']}",
         f"`{command}` on {time.strftime('%d %B %Y')}: {plan['steps']} steps of {plan['rollouts']} rollouts (offline "
