@@ -156,6 +156,8 @@ class RolloutLog(TrainerCallback):
             batch (`dict`):
                 The micro-batch, with the numbers that `number` has given to its rows.
         """
+        if "rollout" not in batch:  # it was not generated here
+            return
         trainer, logps, mode = self.trainer, per_token_logps.detach().float(), self.mode
         teacher = torch.full_like(logps, float("nan"))
         if "teacher_per_token_logps" in batch:
