@@ -79,7 +79,7 @@ def check_prompts(values: Sequence, where: str = ""):
 def check_readers(datasets: dict[str, Any], reward_funcs: Any):
     """
     Refuse a dataset without prompts, and a reward function that can't be called with what the first dataset has. Where
-    columns are unknown, as those of a stream may be, nothing is.
+    columns are unknown, as those of a stream may be and those that a transform makes are, nothing is.
 
     Args:
         datasets (`dict[str, Any]`):
@@ -91,8 +91,12 @@ def check_readers(datasets: dict[str, Any], reward_funcs: Any):
         `TypeError`: if a reward function doesn't take its arguments.
         `ValueError`: if a dataset has no column `prompt`.
     """
-    known = {name: columns for name, each in datasets.items() if (columns := getattr(each, "column_names", None))}
-    known = {name: columns for name, columns in known.items() if isinstance(columns, list)}
+    known = {
+        name: each.column_names
+        for name, each in datasets.items()
+        if isinstance(getattr(each, "column_names", None), list)
+        and getattr(each, "format", {}).get("type") != "custom"
+    }
     for name, columns in known.items():
         if "prompt" not in columns:
             raise ValueError(

@@ -285,13 +285,13 @@ def check_arguments(model, args: RLADConfig, teacher_model, grpo_kwargs: dict[st
 def check_inputs(given: dict[str, Any], reward_funcs, args: RLADConfig):
     """Refuse datasets and reward functions that don't fit together, before anything is loaded: see
     [`~trl_rlad.columns.check_readers`]. `given` are arguments of [`~trl.GRPOTrainer`] by name."""
+    if given.get("environment_factory"):  # then prompts come from there, and TRL gives rewards other things
+        return
     datasets = {"train_dataset": given.get("train_dataset")}
     evaluation = given.get("eval_dataset")
     named = evaluation if isinstance(evaluation, dict) else {}
     datasets |= {f"eval_dataset[{name!r}]": each for name, each in named.items()} or {"eval_dataset": evaluation}
-    # With `remove_unused_columns` and an environment, TRL gives other things to reward functions
-    has_all = not args.remove_unused_columns and not given.get("environment_factory")
-    check_readers(datasets, reward_funcs if has_all else [])
+    check_readers(datasets, [] if args.remove_unused_columns else reward_funcs)
 
 
 def check_ranks(args: RLADConfig, teachers: dict[str, Any]):

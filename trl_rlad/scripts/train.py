@@ -154,7 +154,7 @@ class AccuracyReport(TrainerCallback):
         if self.steps is not None and state.global_step % self.steps == 0:
             plan = copy(control)  # an evaluation takes what was to be done after this step for done
             scores = measure(self.trainer, self.source)
-            self.trainer.log({f"accuracy/{difficulty}": values for difficulty, values in scores.items()})
+            self.trainer.log({f"accuracy/{difficulty}".rstrip("/"): values for difficulty, values in scores.items()})
             self.trainer.model.train()  # or the log of this step would be taken for an evaluation's
             return plan
 
