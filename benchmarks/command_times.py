@@ -2,7 +2,7 @@
 How long `trl-rlad COMMAND --help` and `trl-rlad view RUN` take, beside the same of another checkout: seconds of one
 core, which other work on the machine hardly lengthens. Writes `results/command_times.md`.
 
-    python benchmarks/command_times.py outputs/mini-rlad --before ../a-checkout
+    python benchmarks/command_times.py outputs/chains-rlad --before ../a-checkout
 """
 
 import argparse

@@ -2,7 +2,7 @@
 Measure a model on held-out puzzles, as `trl-rlad evaluate` does: see `trl_rlad/scripts/evaluate.py`.
 
     python examples/evaluate.py
-    python examples/evaluate.py --model_name_or_path outputs/mini-rlad --output outputs/mini-rlad/evaluation.json
+    python examples/evaluate.py --model_name_or_path outputs/chains-rlad --output outputs/chains-rlad/evaluation.json
 """
 
 from trl_rlad.scripts.evaluate import main

@@ -2,7 +2,7 @@
 Look at the rollouts and the curves of runs, in one HTML file.
 
     trl-rlad view
-    trl-rlad view outputs/mini-rlad --open
+    trl-rlad view outputs/chains-rlad --open
     trl-rlad view GRPO=outputs/grpo-{0,1,2} RLAD=outputs/rlad-{0,1,2}
 
 A run is the output folder of a training, or the `.parquet` file of a probe; without any, the newest below this folder
