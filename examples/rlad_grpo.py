@@ -4,9 +4,9 @@
 """
 The main job: train a student with reinforcement learning while a teacher guides it, as `trl-rlad train` does.
 
-Without arguments: chains of operators, offline, with two of the small models in `examples/mini/`: a student that has half
-learned the task, and its teacher. It takes a minute on two CPU cores. `--method grpo`, `kdrl` or `rlad_named` is another
-method. Knights and knaves, with a student that is sure and wrong: `--config examples/mini/knights.yaml`.
+Without arguments: chains of operators, offline, with two of the small models in `examples/mini/`, a student that has
+half learned the task and its teacher. It takes a minute on two CPU cores. `--method grpo`, `kdrl` or `rlad_named` is
+another method. Knights and knaves, with a student that is sure and wrong: `--config examples/mini/knights.yaml`.
 
     accelerate launch examples/rlad_grpo.py
 
