@@ -267,7 +267,7 @@ def test_every_method_that_may_be_advised_has_its_settings_and_each_bound_its_fi
 @pytest.mark.parametrize(
     ("figures", "starts", "has"),
     [
-        (make_figures(), "clear, by bounds that rest on six pairs", "contradicted_failed is 99% (99% to 99%, 100"),
+        (make_figures(), "clear, by bounds that rest on eight pairs", "contradicted_failed is 99% (99% to 99%, 100"),
         (make_figures(groups=7), "not sure, ask again with --prompts 128", "rests on too few groups (7)"),
         (make_figures(contradicted_failed=0.8, width=0.06), "not sure", "is 74% to 86% (100 groups)"),
         (make_figures(contradicted_failed=0.8, width=0.05), "clear", "the bound 75%"),
