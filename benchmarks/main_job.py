@@ -83,7 +83,10 @@ def main():
         plt.barh(-place, mean(scores), 0.6, color="lightgray" if method == "before" else f"C{place - 1}")
         plt.plot(scores, [-place] * len(scores), ".", color="black", markersize=4)
         plt.text(mean(scores) / 2, -place, f"{mean(scores):.0f}%", ha="center", va="center")
-    plt.yticks([-place for place in range(len(results))], [name.replace(" where the student failed", "").replace(", ", ",\n") for name in results])
+    plt.yticks(
+        [-place for place in range(len(results))],
+        [name.replace(" where the student failed", "").replace(", ", ",\n") for name in results],
+    )
     plt.xlabel("accuracy on held-out puzzles, %")
     plt.xlim(0, 100)
     plt.savefig(args.results / "main_job.png", dpi=150)
