@@ -249,8 +249,6 @@ def make_trainer(student, phase, job, steps, output_dir):
             puzzles = add_teacher_weight(Task(puzzles, None, reward), teacher_path, 4, path, **sampling)
     args = RLADConfig(max_completion_length=length, steps_per_generation=updates, **kwargs, **settings)
     trainer = RLADTrainer(student, reward, args, puzzles, teacher_model=teacher_path if args.needs_teacher else None)
-    for scorer in trainer.teacher_scorer.scorers.values() if trainer.teacher_scorer and bed.task is chains else ():
-        scorer.teacher.shares_prompts = False  # of so few tokens: it would score one prompt at a time
     if "guide" in phase:
         trainer.guide = getattr(variants, phase["guide"])(trainer, trainer.teacher_scorer)
     return trainer
