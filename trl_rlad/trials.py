@@ -9,8 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 def made_up_tokens(length: int, config: PretrainedConfig) -> torch.Tensor:
-    """Token ids `(length,)`, `int64`, no two alike in a large vocabulary, and none 0, which often is the padding."""
-    return 1 + torch.arange(length) * 7919 % (config.get_text_config().vocab_size - 1)
+    """Token ids `(length,)`, `int64`, no two alike where the vocabulary is large enough."""
+    return torch.arange(1, length + 1) * 7919 % config.get_text_config().vocab_size
 
 
 def tolerance(model: PreTrainedModel, accelerator: Accelerator) -> float:
