@@ -61,24 +61,21 @@ def test_no_row_is_lost_or_asked_twice(teacher_path, tmp_path):
     for process in processes:  # before there are threads
         process.start()
     with TeacherServer(teacher_path) as server:
-        right = server.score
+        right = server.respond
 
-        def score(body):  # each token's is minus its id
-            if body["prompt_logprobs"]:  # a check
-                return right(body)
+        def respond(path, body):  # each token's score is minus its id
+            ids = body["prompt"]
+            if len(ids) < 2 * LENGTH:  # a check
+                return right(path, body)
             with lock:
                 seen["now"] += 1
                 seen["most"] = max(seen["most"], seen["now"])
-            ids = body["prompt"]
-            if len(ids) < 2 * LENGTH:  # of the handshake
-                entries = TeacherServer.score(server, body)
-            else:
-                entries = [None, *({str(id): {"logprob": -float(id)}} for id in ids[1:])]
+            entries = [None, *({str(id): {"logprob": -float(id)}} for id in ids[1:])]
             with lock:
                 seen["now"] -= 1
-            return entries
+            return {"model": "teacher", "choices": [{"prompt_logprobs": entries}]}
 
-        server.score = score
+        server.respond = respond
         for here, _ in pipes:
             here.send(server.url)
         answers = [here.recv() if here.poll(60) else "silent" for here, _ in pipes]

@@ -108,12 +108,21 @@ def test_three_steps_are_those_of_a_local_teacher(mode, ready, student_path, tea
     assert all(server.count_requests() - count > 5 for server, count in zip(ready, before, strict=True))
 
 
-def test_the_main_job(servers, tmp_path):
+def test_knights_and_knaves(servers, tmp_path):
     """With the mini teacher behind a URL, its accuracies and rewards are those with it at hand."""
     subprocess.run([sys.executable, ROOT / "examples/mini/widen_heads.py", tmp_path / "teacher"], check=True)
     server = VLLM(tmp_path / "teacher", tmp_path)
     job = [sys.executable, "-m", "accelerate.commands.launch", ROOT / "examples/rlad_grpo.py", "--max_steps", "3"]
-    job += ["--eval_size", "24", "--save_strategy", "no", "--logging_steps", "1"]
+    job += [
+        "--config",
+        ROOT / "examples/mini/knights.yaml",
+        "--eval_size",
+        "24",
+        "--save_strategy",
+        "no",
+        "--logging_steps",
+        "1",
+    ]
     rewards = []
     try:
         for name, options in {"here": [], "there": ["--teacher_server_urls", server.url]}.items():
