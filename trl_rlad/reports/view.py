@@ -100,7 +100,7 @@ def draw_rollouts(runs: list[tuple[str, list[dict]]], max_tokens: int = 2_000_00
     }
     # In a script of data nothing ends but by `</script>`, nor becomes a comment but by `<!--`
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    names = any("named" in row for group in data["groups"] for row in group["rows"])
+    names = any(record.get("named") for group in shown for record in group["rows"])
     say = '<span class="say">In a frame</span>: what the teacher would say instead.'
     if not names:
         say = 'What it would say instead is known where it names: <code>teacher_kl="forward"</code>.'
