@@ -106,7 +106,7 @@ def test_what_the_teacher_would_say_stands_beside_the_token_and_is_told_to_point
     assert facts(browser) == SAID
     # Of a run of several tokens it is the one under the pointer, and away from all there is nothing to say
     point_at(browser, find(browser, "h1"))
-    assert not find(browser, "#facts").is_displayed()
+    WebDriverWait(browser, 10).until(lambda browser: not find(browser, "#facts").is_displayed())
     press(browser, "n")
     assert browser.switch_to.active_element == find(browser, FIRST) and facts(browser) == SAID
     press(browser, webdriver.Keys.ARROW_RIGHT)
@@ -229,6 +229,11 @@ def test_the_title_is_folded_with_prompt_and_rewards(see):
         "rewards 0, 1",
         "long prompt 4",
     ]
+    # What a filter leaves is unfolded
+    search = find(browser, "[name=search]")
+    search.send_keys("prompt 3")
+    assert [each.get_attribute("open") is not None for each in details] == [True] * 4 + [False]
+    search.send_keys(webdriver.Keys.BACKSPACE * 8)
     details[4].find_element("css selector", "summary").click()
     assert details[4].find_element("css selector", ".prompt").text == "long\nprompt 4"
     assert details[4].find_element("css selector", ".label").text.splitlines() == [

@@ -92,7 +92,7 @@ def read_curves(page):
         svg = root.find("svg")
         # What is written at the ends of the axes, and where
         texts = [(float(text.get("x")), float(text.get("y")), text) for text in svg.iterfind("text")]
-        steps = {int(text.text): x for x, _, text in texts if text.get("text-anchor") == "middle"}
+        steps = {int(text.text.split("step ")[1]): x for x, _, text in texts if text.get("text-anchor") == "middle"}
         values = {float(text.text): y - 3 for _, y, text in texts if text.get("text-anchor") == "end"}
         scales = []
         for ticks in (steps, values):
@@ -311,6 +311,11 @@ def test_the_parts_of_the_page():
     assert keys == [(COLORS[0], "one"), (COLORS[1], "two")]
     assert "its band" in render([("one", [], log), ("one", [], log)])
     assert "orange: the student likes this token more than the teacher" in " ".join(Page(rollouts).text.split())
+    # No frame is spoken of that isn't there
+    says = "In a frame", "is known where it names"
+    told = record() | {"named": [["B"]], "named_logps": [[-0.1]]}
+    named = render([("run", [told], [])])
+    assert [[text in page for text in says] for page in (rollouts, named)] == [[False, True], [True, False]]
 
 
 FOREIGN = {

@@ -92,7 +92,7 @@ def _figure(title, curves, colors):
         for value in sorted({min(values), max(values)})
     ]
     parts += [
-        f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step}</text>'
+        f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">step {step}</text>'
         for step in sorted({min(steps), max(steps)})
     ]
     ends = []

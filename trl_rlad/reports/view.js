@@ -254,12 +254,16 @@
     form.addEventListener("input", () => {
       at = null;
       found = -1;
-      groups.forEach(filter);
-      const number = groups.filter((group) => group.fits).length;
-      said.textContent = `${count(number)} of ${count(groups.length)} groups`;
+      said.textContent = `${count(refresh())} of ${count(groups.length)} groups`;
     });
+    refresh();
+  }
+  // Shows what fits, the first groups of it unfolded, and returns their number
+  function refresh() {
     groups.forEach(filter);
-    groups.slice(0, 3).forEach((group) => { group.root.open = true; group.open(); });
+    const shown = groups.filter((group) => group.fits);
+    shown.slice(0, 3).forEach((group) => { group.root.open = true; group.open(); });
+    return shown.length;
   }
   function nextHit() {
     const text = search.value.toLowerCase();
