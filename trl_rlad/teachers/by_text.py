@@ -52,21 +52,14 @@ class TextContract(TokenContract):
         tools: list[Callable] | None = None,
         chat_template_kwargs: Any = None,
     ):
-        for whose, each in {"The student's": tokenizer, "The teacher's": teacher.tokenizer}.items():
-            if not each.is_fast:
-                raise ValueError(
-                    f"`teacher_model` reads the student's token ids differently, so it has to be given the text. "
-                    f"{whose} tokenizer, a `{type(each).__name__}`, doesn't say where in a text its tokens end: that "
-                    "takes a fast one (with a tokenizer.json). Convert it, or choose a `teacher_model` that shares "
-                    "the student's tokenizer."
-                )
+        self.student = read_pieces("The student's", tokenizer)
+        self.pieces = read_pieces("The teacher's", teacher.tokenizer)
         logger.warning(
             f"The tokenizer of the teacher {teacher.name} isn't the student's, so it is given the text of prompts and "
             "completions. What it makes of a piece of text is shared by the student's tokens in it."
         )
         super().__init__(teacher, image_problem="its tokenizer isn't the student's")
         self.template_kwargs = {"tools": tools or None, **(chat_template_kwargs or {})}
-        self.student, self.pieces = Pieces(tokenizer), Pieces(teacher.tokenizer)
         self.student_ends, self.end = set(eos_token_ids), self.find_end(teacher.tokenizer, teacher.eos_token_ids)
         by_piece = {piece: id for id, piece in enumerate(self.student.by_id) if id not in self.student.special_ids}
         own = {piece: id for id, piece in enumerate(self.pieces.by_id) if id not in self.pieces.special_ids}
@@ -166,6 +159,18 @@ class TextContract(TokenContract):
                     unaligned, total = unaligned + int((~known).sum()), total + len(known)
         if unaligned > MAX_UNALIGNED * total:
             raise ValueError(unaligned_message(unaligned / total, "the dataset's prompts"))
+
+
+def read_pieces(whose: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """What the tokens of a tokenizer stand for. Raises a `ValueError` if it doesn't say so."""
+    try:
+        return Pieces(tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            "`teacher_model` reads the student's token ids differently, so it has to be given the text. "
+            f"{whose} tokenizer, a `{type(tokenizer).__name__}`, {error}. Convert it, or choose a `teacher_model` "
+            "that shares the student's tokenizer."
+        ) from error
 
 
 def unaligned_message(share: float, where: str) -> str:
