@@ -134,7 +134,7 @@ def chunks_of(numbers, size):
     return [[place for place, number in enumerate(numbers.tolist()) if number == chunk] for chunk in range(size)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(completions())
 def test_chunks_are_the_smallest_pieces_of_the_same_text(case):
     student, teacher, ids, is_chat = case
@@ -216,6 +216,30 @@ def test_chunks_end_where_the_texts_that_both_tokenizers_decode_are_equally_long
     for number in range(alignment.size):  # a chunk ends at one of them, or within a character
         last = (alignment.student == number).nonzero().max()
         assert ends[last] in common or ends[last] is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(sorted(LOSSLESS)), texts, st.integers(0, 99))
+def test_with_a_tokenizer_of_the_same_kind_scores_are_the_teachers_to_the_last_bit(kind, text, seed):
+    ids = make_tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
+    if any(each in text for each in [*SPECIAL, "▁"]):
+        return
+    own, alignment = make_contract(kind, kind).align([*ids, make_tokenizer(kind).eos_token_id], True)
+    places = list(range(len(ids) + 1))
+    assert own.tolist() == [*ids, own[-1]] and alignment.student.tolist() == alignment.teacher.tolist() == places
+    logps, old = (-9 * torch.rand(2, len(places), generator=torch.Generator().manual_seed(seed))).unbind()
+    parts = alignment.to_student(logps), old, alignment.first, alignment.known
+    assert torch.equal(spread(*(part[None] for part in parts))[0], logps)
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize("teacher", KINDS[1:])
+def test_no_tokens_have_no_chunk_and_an_end_alone_is_one(teacher, is_chat):
+    contract = make_contract("bytes", teacher)
+    own, alignment = contract.align([], is_chat)
+    assert len(own) == len(alignment.student) == len(alignment.teacher) == alignment.size == 0
+    own, alignment = contract.align([make_tokenizer("bytes").eos_token_id], is_chat)
+    assert own.tolist() == [make_tokenizer(teacher).eos_token_id] and alignment.known.tolist() == [True]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,7 +351,7 @@ def test_the_last_tokens_of_the_teacher_may_be_missing():
 
 def test_a_chunk_with_a_token_that_is_not_wanted_is_none():
     alignment = Alignment(torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0, 1, 1, 2, 3]), 3)
-    restricted = alignment.restrict(torch.tensor([True, False, True, True, True]))
+    restricted = alignment.without(torch.tensor([0, 3]))
     assert restricted.size == 2
     assert restricted.student.tolist() == [2, 2, 0, 1, 2] and restricted.teacher.tolist() == [2, 0, 0, 1, 2]
 

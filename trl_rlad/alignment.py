@@ -94,10 +94,12 @@ class Alignment(NamedTuple):
         own = torch.arange(len(self.student))
         return first_of(self.student, self.size)[self.student].where(self.known, own)
 
-    def restrict(self, wanted: torch.Tensor) -> "Alignment":
-        """Without the chunks that have a token of the student that isn't `wanted`, bool `(T,)`."""
-        kept = keep_chunks(self.student, self.teacher, self.size, self.student[~wanted])
-        return kept._replace(starts_alike=self.starts_alike)
+    def without(self, bad: torch.Tensor) -> "Alignment":
+        """Without the chunks of these numbers, `int64`."""
+        kept = torch.ones(self.size + 1, dtype=torch.bool)
+        kept[bad] = kept[self.size] = False
+        numbers = (kept.cumsum(0) - 1).where(kept, kept.sum())
+        return self._replace(student=numbers[self.student], teacher=numbers[self.teacher], size=int(kept.sum()))
 
     def to_student(self, logps: torch.Tensor) -> torch.Tensor:
         """The mean over the student's tokens of each chunk of its log-probability, `(T,)`, by those of the teacher's
@@ -144,15 +146,7 @@ def align(
     # What stands for no text at all spoils no chunk
     is_empty = student_ends.diff(prepend=student_ends.new_zeros(1)) == 0
     student[is_empty & ~student_fits] = len(ends)
-    return keep_chunks(student, teacher, len(ends), torch.cat([student[~student_fits], teacher[~teacher_fits]]))
-
-
-def keep_chunks(student: torch.Tensor, teacher: torch.Tensor, size: int, bad: torch.Tensor) -> Alignment:
-    """All chunks but some, numbered anew."""
-    kept = torch.ones(size + 1, dtype=torch.bool)
-    kept[bad] = kept[size] = False
-    numbers = (kept.cumsum(0) - 1).where(kept, kept.sum())
-    return Alignment(numbers[student], numbers[teacher], int(kept.sum()))
+    return Alignment(student, teacher, len(ends)).without(torch.cat([student[~student_fits], teacher[~teacher_fits]]))
 
 
 def join_pieces(pieces: Sequence[bytes], fits: Sequence[bool]) -> tuple[str, np.ndarray, np.ndarray]:

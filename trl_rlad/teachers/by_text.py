@@ -67,7 +67,9 @@ class TextContract(TokenContract):
         student_end = self.find_end(tokenizer, self.student_ends)
         if self.end is not None and student_end is not None:
             pairs[self.end] = student_end
-        self.student_ids = torch.full((teacher.vocab_size,), -1)  # of the tokens that are one token of the student's
+        self.student_ids = torch.full(
+            (max(teacher.vocab_size, len(self.pieces.by_id)),), -1
+        )  # of the tokens that are one token of the student's
         for id, student_id in pairs.items():
             self.student_ids[id] = student_id
 
@@ -103,7 +105,7 @@ class TextContract(TokenContract):
     def read(self, prompt: str | list[dict], completion: torch.Tensor, wanted: torch.Tensor):
         """As that of any contract, but for the prompt, which is text or messages."""
         ids, alignment = self.align(completion.tolist(), not isinstance(prompt, str))
-        alignment = alignment.restrict(wanted)
+        alignment = alignment.without(alignment.student[~wanted])
         is_needed = alignment.teacher < alignment.size
         return torch.tensor(self.read_prompt(prompt), dtype=torch.long), ids, is_needed, alignment
 
