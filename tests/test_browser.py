@@ -136,6 +136,15 @@ def test_a_token_without_colour_has_its_figures_too(see):
         assert facts(browser)[0].startswith(f"{word}   student 60.7%")
 
 
+def test_what_is_said_of_a_word_on_the_next_line_does_not_cover_it(see):
+    browser = see(record(["xy " * 36, " " + "B" * 40], [0.0, 4.5]))  # the blank before it ends the line
+    press(browser, "n")
+    rects = "return [...arguments[0].getClientRects()].map((x) => [x.top, x.bottom])"
+    _, (top, bottom) = browser.execute_script(rects, find(browser, ".here"))
+    ((above, below),) = browser.execute_script(rects, find(browser, "#facts"))
+    assert above >= bottom or below <= top
+
+
 def test_keys_lead_from_one_large_disagreement_to_the_next_and_back(see):
     browser = see(LONG, FAILED)
     for key, word in (("n", "t3000"), ("n", "t4000"), ("n", "B"), ("p", "t4000"), ("p", "t3000"), ("p", "t3000")):

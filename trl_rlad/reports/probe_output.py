@@ -21,7 +21,7 @@ def write_picture(rollouts: list[dict], figures: dict, path: Path):
     """Draw the gap over the tokens, by success, and the shares with their intervals."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(6, 7), layout="constrained")  # for a telephone, too
     gaps: dict[bool, list[float]] = {True: [], False: []}
     for rollout in rollouts:
         known = [min(max(x, -END), END) for x in log_ratios(rollout) if x is not None]
