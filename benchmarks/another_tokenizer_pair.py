@@ -40,7 +40,7 @@ TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
 )
 QUESTIONS = ("What is a teacher?", "Name three fruits.", "Why is the sky blue? Keep it short.", "2 + 3 * 4 = ?")
-ROUNDS, STEPS, COMPLETIONS, LENGTH = 4, 2, 4, 64
+ROUNDS, STEPS, COMPLETIONS, LENGTH = 3, 2, 4, 64
 TRAINING = {"steps": 12, "rows": 4, "length": 128, "rate": 2e-3}  # of the embedding
 
 

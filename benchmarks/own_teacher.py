@@ -1,40 +1,47 @@
 """
 What `teacher_model="self"` teaches, in miniature: GRPO alone beside a student that reads the solution.
 
-    python benchmarks/own_teacher.py            # nine runs of about a minute on one CPU thread
-    python benchmarks/own_teacher.py --report   # the table of what is there
+    python benchmarks/own_teacher.py    # eighteen runs of a quarter of a minute on one CPU thread
 
 The task is chains of operators (see `trl_rlad/scripts/tasks/chains.py`), and the `teacher_prompt` the worked solution
 before the puzzle. The student is the half-learned GPT that comes along, made to use what it is shown by a short
 fine-tuning on both forms: of a plain puzzle it learns its own samples, so it stays as good as it was, and behind a
-solution it learns that. All methods have the same steps, rollouts and learning rate, and the same puzzles by seed.
+solution it learns that. The teacher is the student as it is, one that lags behind it, or the student of the beginning.
+All methods have the same steps, rollouts and learning rate, and by seed the same puzzles.
 
 Each run adds a line to the results, from which the study goes on if it is interrupted.
 """
 
-import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import SFTConfig
 
 from trl_rlad import RLADConfig, RLADTrainer
 from trl_rlad.scripts import distil
 from trl_rlad.scripts.arguments import MINI, read_method
-from trl_rlad.scripts.sampling import grade, sample
+from trl_rlad.scripts.sampling import evaluate, sample
 from trl_rlad.scripts.tasks import Task, chains
 
 
+OUTPUTS = Path("outputs/own_teacher")
 RESULTS = Path(__file__).parent / "results" / "own_teacher.jsonl"
-METHODS = {"GRPO": "grpo", 'RLAD, "self"': "rlad", 'RLAD + named, "self"': "rlad_named"}
+METHODS = {  # and the teacher
+    "GRPO": ("grpo", None),
+    'RLAD, "self"': ("rlad", "self"),
+    'RLAD + named, "self"': ("rlad_named", "self"),
+    'RLAD, "self" that lags behind': ("rlad", "lag"),
+    'RLAD + named, "self" that lags behind': ("rlad_named", "lag"),
+    "RLAD + named, the student of the beginning": ("rlad_named", "frozen"),
+}
+LAG = {"beta": 1e-6, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.05}
 SEEDS, STEPS, ROLLOUTS, PUZZLES, LENGTH = (1, 2, 3), 100, 128, 2000, chains.MAX_COMPLETION_LENGTH
-SFT = {"steps": 300, "rows": 4800, "batch": 128, "rate": 1e-3}
 CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
 CPU |= {"save_strategy": "no", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
 
@@ -46,100 +53,80 @@ def show(row: dict) -> str:
 
 def make_student(path: Path):
     """Teach the half-learned student to use a solution that it is shown."""
-    base, puzzles = str(MINI / "chains_gpt_half"), list(chains.make_dataset(SFT["rows"], seed=100, held_out=False))
+    base, puzzles = str(MINI / "chains_gpt_half"), list(chains.make_dataset(4800, seed=100, held_out=False))
     own = sample(base, [row["prompt"] for row in puzzles], max_new_tokens=LENGTH, batch_size=1000)
     rows = [{"prompt": row["prompt"], "completion": f" {text}"} for row, (text,) in zip(puzzles, own, strict=True)]
     rows += [{"prompt": show(row), "completion": f" {row['solution']}"} for row in puzzles]
-    args = SFTConfig(
-        str(path.parent / "sft"),
-        max_steps=SFT["steps"],
-        per_device_train_batch_size=SFT["batch"],
-        learning_rate=SFT["rate"],
-        logging_steps=50,
-        **CPU,
-    )
+    sft = {"max_steps": 300, "per_device_train_batch_size": 128, "learning_rate": 1e-3, "logging_steps": 50}
+    args = SFTConfig(str(path.parent / "sft"), **sft, **CPU)
     trainer = distil.make_trainer(base, Dataset.from_list(rows).shuffle(seed=0), args)
     trainer.train()
     trainer.save_model(path)
+    add({"method": "start"} | measure(trainer.model.eval()))
 
 
 def measure(model) -> dict:
     """Share of held-out puzzles that a model solves at temperature 1, plain and with the solution before it."""
     puzzles = chains.make_dataset(PUZZLES, seed=0, held_out=True)
-    shares = {}
-    for form, prompts in {"plain": list(puzzles["prompt"]), "shown": list(map(show, puzzles))}.items():
-        with torch.random.fork_rng():
-            completions = sample(model, prompts, max_new_tokens=LENGTH, batch_size=PUZZLES)
-        shares[form] = mean(
-            right for (right,) in grade(Task(None, puzzles, chains.correctness_reward), puzzles, completions)
-        )
-    return shares
+    forms = {"plain": puzzles, "shown": puzzles.map(lambda row: {"prompt": show(row)})}
+    tasks = {form: Task(None, each, chains.correctness_reward) for form, each in forms.items()}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": LENGTH, "batch_size": PUZZLES}
+    with torch.random.fork_rng():
+        return {form: evaluate(model, task, 1, **sampling)["overall"]["mean@1"] for form, task in tasks.items()}
 
 
-def run(method: str, seed: int, student: Path, output_dir: Path) -> dict:
+def run(method: str, seed: int, student: str) -> dict:
     """Train a student, and return the line of its results."""
-    start = time.process_time()
+    start, (settings, teacher) = time.process_time(), METHODS[method]
     puzzles = chains.make_dataset(STEPS * ROLLOUTS // 8, seed, held_out=False)
-    args = RLADConfig(
-        str(output_dir),
-        **read_method(METHODS[method]),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROLLOUTS,
-        max_completion_length=LENGTH,
-        learning_rate=2e-4,
-        seed=seed,
-        logging_steps=10,
-        trim_padding=False,
-        **CPU,
-    )
+    size = {"max_steps": STEPS, "per_device_train_batch_size": ROLLOUTS, "max_completion_length": LENGTH}
+    options = {"learning_rate": 2e-4, "seed": seed, "logging_steps": 10, "trim_padding": False}
+    options |= read_method(settings) | (LAG if teacher == "lag" else {})
+    args = RLADConfig(str(OUTPUTS / "runs"), **size, **options, **CPU)
     puzzles = puzzles.map(lambda row: {"teacher_prompt": show(row)}) if args.needs_teacher else puzzles
-    teacher = {"teacher_model": "self"} if args.needs_teacher else {}
-    trainer = RLADTrainer(str(student), chains.correctness_reward, args, puzzles, **teacher)
-    trainer.remove_callback(PrinterCallback)
+    teacher = {None: None, "frozen": student}.get(teacher, "self")
+    trainer = RLADTrainer(student, chains.correctness_reward, args, puzzles, teacher_model=teacher)
     trainer.train()
-    ratios = [round(log["teacher/log_ratio"], 3) for log in trainer.state.log_history if "teacher/log_ratio" in log]
-    rewards = [round(log["reward"], 3) for log in trainer.state.log_history if "reward" in log]
-    result = {"method": method, "seed": seed} | measure(trainer.model.eval()) | {"reward": rewards}
-    return result | {"log_ratio": ratios, "cpu_seconds": round(time.process_time() - start)}
+    result = {"method": method, "seed": seed} | measure(trainer.model.eval())
+    for name in ("reward", "teacher/log_ratio"):
+        result[name] = [round(log[name], 3) for log in trainer.state.log_history if name in log]
+    return result | {"cpu_seconds": round(time.process_time() - start)}
 
 
 def report(lines: list[dict]):
     """Print the table."""
-    (start,) = (line for line in lines if line["method"] == "start")
-    plain = {(line["method"], line.get("seed")): line["plain"] for line in lines}
-    print("| method | solved | by seed | over GRPO, by seed | with the solution before it |\n|---|---|---|---|---|")
-    print(f"| before training | {start['plain']:.1%} | | | {start['shown']:.1%} |")
+    start = lines[0]
+    grpo = {line["seed"]: line["plain"] for line in lines if line["method"] == "GRPO"}
+    print("| method | solved | over GRPO, by seed | with the solution before it |\n|---|---|---|---|")
+    print(f"| before training | {start['plain']:.1%} | | {start['shown']:.1%} |")
     for method in METHODS:
-        mine = [line for line in lines if line["method"] == method]
-        if mine:
-            gains = [line["plain"] - plain["GRPO", line["seed"]] for line in mine if ("GRPO", line["seed"]) in plain]
-            cells = [" ".join(f"{100 * each:.1f}" for each in (line["plain"] for line in mine))]
-            cells += ["" if method == "GRPO" else " ".join(f"{100 * gain:+.1f}" for gain in gains)]
-            shown = mean(line["shown"] for line in mine)
-            print(f"| {method} | {mean(line['plain'] for line in mine):.1%} | {' | '.join(cells)} | {shown:.1%} |")
+        if mine := [line for line in lines if line["method"] == method]:
+            plain, shown = (mean(line[form] for line in mine) for form in ("plain", "shown"))
+            gains = " ".join(f"{100 * (line['plain'] - grpo[line['seed']]):+.1f}" for line in mine)
+            print(f"| {method} | {plain:.1%} | {gains if method != 'GRPO' else ''} | {shown:.1%} |")
+
+
+def read() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def add(line: dict):
+    """Append a line to the results."""
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/own_teacher"))
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
+    student = OUTPUTS / "student"
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    student = args.output_dir / "student"
     if not student.exists():
         make_student(student)
-    jobs = [("start", None)] + [(method, seed) for seed in SEEDS for method in METHODS]
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(line["method"], line.get("seed")) for line in lines}
-    for method, seed in [] if args.report else [job for job in jobs if job not in done]:
-        if method == "start":
-            lines.append({"method": method} | measure(AutoModelForCausalLM.from_pretrained(student)))
-        else:
-            lines.append(run(method, seed, student, args.output_dir / "runs"))
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
-    report(lines)
+    done = [(line["method"], line.get("seed")) for line in read()]
+    for method, seed in product(METHODS, SEEDS):
+        if (method, seed) not in done:
+            add(run(method, seed, str(student)))
+    report(read())
 
 
 if __name__ == "__main__":

@@ -278,6 +278,14 @@ def test_the_space_before_a_text_is_the_chat_formats_and_part_of_a_text_prompts_
         assert teacher.decode(own) == text and alignment.known.all()
 
 
+def test_a_space_with_which_a_chat_answer_begins_is_more_than_the_one_that_a_tokenizer_adds():
+    contract, tokenizer, teacher = make_contract("bytes", "spm"), make_tokenizer("bytes"), make_tokenizer("spm")
+    for is_chat, text in ((True, " the"), (False, "the")):
+        own, alignment = contract.align(tokenizer(" the")["input_ids"], is_chat)
+        assert own.tolist() == teacher(text)["input_ids"] and alignment.known.all()
+    assert len(teacher(" the")["input_ids"]) == len(teacher("the")["input_ids"]) + 1
+
+
 def test_behind_what_a_tokenizer_changes_chunks_go_on():
     contract, tokenizer = make_contract("bytes", "wordpiece"), make_tokenizer("bytes")
     ids = tokenizer("The teacher  is The teacher")["input_ids"]  # it writes in lower case, and one space for two

@@ -117,7 +117,7 @@ class TextContract(TokenContract):
         if is_chat and student.adds_space and pieces:
             pieces[0] = pieces[0].removeprefix(b" ")  # which belongs to the student's chat format
         text, ends, known = join_pieces(pieces, fits)
-        if teacher.adds_space and text and not text.startswith(" "):
+        if teacher.adds_space and text and (is_chat or not text.startswith(" ")):
             text, ends = " " + text, ends + 1
             known[:1] &= is_chat  # where it is this tokenizer's way to begin
         own, own_ends = teacher.encode(text[1:] if teacher.adds_space else text)
