@@ -39,7 +39,13 @@ def make_tokenizer(kind):
     - `unigram`: SentencePiece's other kind, without byte fallback: what it doesn't know is `<unk>`
     - `wordpiece`: in lower case, as BERT's
     - `characters`
+    - `nfc`: as `bytes`, of text whose combining marks it joins with their letters first, as Qwen's
+    - `runs`: as `gemma`, with runs of spaces that are added tokens, as Gemma's own
     """
+    if kind == "nfc":
+        return edit_tokenizer("bytes", "<|im_end|>", lambda state: state.update(normalizer={"type": "NFC"}))
+    if kind == "runs":
+        return edit_tokenizer("gemma", "<|im_end|>", add_runs)
     pages = [path.read_text() for path in sorted((Path(__file__).parents[1] / "docs").glob("t*.md"))]
     if kind == "bytes":
         tokenizer = Tokenizer(models.BPE())
@@ -76,8 +82,22 @@ def make_tokenizer(kind):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=end)
 
 
-KINDS = ["bytes", "spm", "gemma", "unigram", "wordpiece", "characters"]
-LOSSLESS = {"bytes", "spm", "gemma"}
+def edit_tokenizer(kind, end, edit):
+    state = json.loads(make_tokenizer(kind).backend_tokenizer.to_str())
+    edit(state)
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=end)
+
+
+def add_runs(state):
+    vocabulary, added = state["model"]["vocab"], state["added_tokens"]
+    for run in ("▁▁", "▁▁▁"):
+        state_of_token = dict(added[0], id=vocabulary.setdefault(run, len(vocabulary)), content=run, special=False)
+        added.append(state_of_token)
+
+
+KINDS = ["bytes", "spm", "gemma", "unigram", "wordpiece", "characters", "nfc", "runs"]
+LOSSLESS = {"bytes", "spm", "gemma", "runs"}
 
 
 @cache
@@ -114,7 +134,7 @@ def chunks_of(numbers, size):
     return [[place for place, number in enumerate(numbers.tolist()) if number == chunk] for chunk in range(size)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(completions())
 def test_chunks_are_the_smallest_pieces_of_the_same_text(case):
     student, teacher, ids, is_chat = case
@@ -164,6 +184,64 @@ def test_of_text_that_both_keep_nothing_is_left_out(pair, text, is_chat):
         assert not left_out
 
 
+def boundaries(tokenizer, ids):
+    """Where tokens end in what the tokenizer itself decodes them to, in bytes; `None` within a character."""
+    texts = [tokenizer.decode(ids[: n + 1], clean_up_tokenization_spaces=False) for n in range(len(ids))]
+    return [None if "\ufffd" in text else len(text.encode()) for text in texts]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.permutations(["bytes", "gemma", "runs", "nfc"]), texts, st.data())
+def test_chunks_end_where_the_texts_that_both_tokenizers_decode_are_equally_long(pair, text, data):
+    # A reference that knows of tokenizers only what they decode: not of pieces, offsets or characters cut in two
+    student, teacher = (make_tokenizer(kind) for kind in pair[:2])
+    ids = student(text, add_special_tokens=False)["input_ids"]
+    if "runs" in pair[0] and data.draw(st.booleans()):
+        ids.insert(data.draw(st.integers(0, len(ids))), student.convert_tokens_to_ids("▁▁"))
+    text = student.decode(ids)
+    own = teacher(text, add_special_tokens=False)["input_ids"]
+    if any(each in text for each in [*SPECIAL, "\ufffd"]) or teacher.decode(own) != text:
+        return
+    read, alignment = make_contract(*pair[:2]).align(ids, True)
+    assert read.tolist() == own and alignment.known.all()
+    ends, own_ends = boundaries(student, ids), boundaries(teacher, own)
+    for end in {*ends} & {*own_ends} - {None}:
+        # Behind the last token of both that ends there, and nowhere before
+        places = [len(each) - each[::-1].index(end) - 1 for each in (ends, own_ends)]
+        numbers = [n[place].item() for n, place in zip((alignment.student, alignment.teacher), places, strict=True)]
+        assert numbers[0] == numbers[1]
+        for found, place in zip((alignment.student, alignment.teacher), places, strict=True):
+            assert place == len(found) - 1 or found[place + 1] == numbers[0] + 1
+    common = {*ends} & {*own_ends} - {None}
+    for number in range(alignment.size):  # a chunk ends at one of them, or within a character
+        last = (alignment.student == number).nonzero().max()
+        assert ends[last] in common or ends[last] is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(sorted(LOSSLESS)), texts, st.integers(0, 99))
+def test_with_a_tokenizer_of_the_same_kind_scores_are_the_teachers_to_the_last_bit(kind, text, seed):
+    ids = make_tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
+    if any(each in text for each in [*SPECIAL, "▁"]):
+        return
+    own, alignment = make_contract(kind, kind).align([*ids, make_tokenizer(kind).eos_token_id], True)
+    places = list(range(len(ids) + 1))
+    assert own.tolist() == [*ids, own[-1]] and alignment.student.tolist() == alignment.teacher.tolist() == places
+    logps, old = (-9 * torch.rand(2, len(places), generator=torch.Generator().manual_seed(seed))).unbind()
+    parts = alignment.to_student(logps), old, alignment.first, alignment.known
+    assert torch.equal(spread(*(part[None] for part in parts))[0], logps)
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize("teacher", KINDS[1:])
+def test_no_tokens_have_no_chunk_and_an_end_alone_is_one(teacher, is_chat):
+    contract = make_contract("bytes", teacher)
+    own, alignment = contract.align([], is_chat)
+    assert len(own) == len(alignment.student) == len(alignment.teacher) == alignment.size == 0
+    own, alignment = contract.align([make_tokenizer("bytes").eos_token_id], is_chat)
+    assert own.tolist() == [make_tokenizer(teacher).eos_token_id] and alignment.known.tolist() == [True]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_piece_is_what_its_token_adds_to_a_text(kind):
     tokenizer = make_tokenizer(kind)
@@ -198,6 +276,14 @@ def test_the_space_before_a_text_is_the_chat_formats_and_part_of_a_text_prompts_
     for is_chat, text in ((True, "The teacher"), (False, " The teacher")):
         own, alignment = contract.align(ids, is_chat)
         assert teacher.decode(own) == text and alignment.known.all()
+
+
+def test_a_space_with_which_a_chat_answer_begins_is_more_than_the_one_that_a_tokenizer_adds():
+    contract, tokenizer, teacher = make_contract("bytes", "spm"), make_tokenizer("bytes"), make_tokenizer("spm")
+    for is_chat, text in ((True, " the"), (False, "the")):
+        own, alignment = contract.align(tokenizer(" the")["input_ids"], is_chat)
+        assert own.tolist() == teacher(text)["input_ids"] and alignment.known.all()
+    assert len(teacher(" the")["input_ids"]) == len(teacher("the")["input_ids"]) + 1
 
 
 def test_behind_what_a_tokenizer_changes_chunks_go_on():
@@ -273,7 +359,7 @@ def test_the_last_tokens_of_the_teacher_may_be_missing():
 
 def test_a_chunk_with_a_token_that_is_not_wanted_is_none():
     alignment = Alignment(torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0, 1, 1, 2, 3]), 3)
-    restricted = alignment.restrict(torch.tensor([True, False, True, True, True]))
+    restricted = alignment.without(torch.tensor([0, 3]))
     assert restricted.size == 2
     assert restricted.student.tolist() == [2, 2, 0, 1, 2] and restricted.teacher.tolist() == [2, 0, 0, 1, 2]
 
@@ -347,6 +433,22 @@ def test_spread_by_hand():
     old = torch.tensor([[-1.0, -2.0, -9.0, -5.0]])
     first, mask = torch.tensor([[0, 0, 2, 3]]), torch.tensor([[True, True, True, False]])
     assert spread(means, old, first, mask).tolist() == [[-1.5, -2.5, -1.0, 7.0]]
+
+
+def test_a_tokenizer_that_does_not_say_what_its_tokens_stand_for_is_refused():
+    def end_words(state):  # as GPT-1's, whose `</w>` is a space, but not at the end
+        words = state["model"]["vocab"].items()
+        state["model"]["vocab"] = {token + "</w>" * (id > 9 and id % 2): id for token, id in words}
+        state.update(decoder={"type": "BPEDecoder", "suffix": "</w>"}, added_tokens=[])
+
+    slow, other = SimpleNamespace(is_fast=False), edit_tokenizer("characters", "<eos>", end_words)
+    for bad, reason in ((slow, "doesn't say where in a text its tokens end"), (other, "what comes behind them")):
+        for whose, pair in (("student", (bad, make_tokenizer("bytes"))), ("teacher", (make_tokenizer("bytes"), bad))):
+            model = SimpleNamespace(name="Tutor", tokenizer=pair[1], eos_token_ids={2}, vocab_size=700)
+            with pytest.raises(
+                ValueError, match=f"The {whose}'s tokenizer, a `\\w+`, .*{reason}.*shares the student's"
+            ):
+                TextContract(pair[0], model, [2])
 
 
 def test_words_of_a_tokenizer_without_a_decoder():

@@ -222,6 +222,19 @@ def test_the_student_as_its_own_teacher_in_shards_of_fsdp2(tmp_path, paths):
     assert all(result["most_parameters"] < limit for result in results), "a full copy of the student"
 
 
+def test_a_teacher_that_lags_behind_the_student(tmp_path, paths):
+    lag = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 1, "beta": 1e-3}
+    results = launch(tmp_path, "zero3", student=paths["student"], teacher="self", **lag, **SAVED)
+    teacher = twin.load(paths["student"])
+    for step, student in enumerate(students_of(tmp_path, paths["student"])):
+        for mine, now in zip(teacher.parameters(), student.parameters(), strict=True):
+            mine.data.lerp_(now.data, 0.25)
+        rows = [row for result in results for row in result["rows"][step]]
+        for result in results:  # the loss has TRL's divergence from the reference in it
+            expected = twin.log_of_step(rows, student, teacher)
+            twin.assert_logged(result["logs"][step], expected, leave_out=["loss"])
+
+
 def test_named_tokens_of_the_student_itself(tmp_path, paths):
     results = launch(tmp_path, "zero3", student=paths["student"], teacher="self", **NAMED, **SAVED)
     for step, student in enumerate(students_of(tmp_path, paths["student"])):

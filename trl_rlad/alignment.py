@@ -22,6 +22,9 @@ class Pieces:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             A fast one.
 
+    Raises:
+        `ValueError`: if it doesn't say what its tokens stand for. The message goes on behind its name.
+
     Attributes:
         by_id (`list[bytes]`):
             The piece of each token. Not all of them are UTF-8, as a token may end within a character.
@@ -32,26 +35,32 @@ class Pieces:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        vocabulary, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
-        added = tokenizer.added_tokens_decoder
+        if not tokenizer.is_fast:
+            raise ValueError("doesn't say where in a text its tokens end, as a fast one (with a tokenizer.json) does")
+        self.tokenizer, backend, added = tokenizer, tokenizer.backend_tokenizer, tokenizer.added_tokens_decoder
+        tokens = {id: token for token, id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
         self.special_ids = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
-        self.by_id = [b""] * (max(vocabulary.values()) + 1)
-        words = {id: token for token, id in vocabulary.items() if id not in added}
         decoder = backend.decoder.__getstate__() if backend.decoder else b""
-        first, start = next((id, text) for id in words if (text := backend.decode([id])).isalnum())
-        if b"ByteLevel" in decoder:
-            to_byte = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
-            for id, token in words.items():  # what isn't in these letters stands for itself
-                self.by_id[id] = b"".join(to_byte.get(char, char.encode()) for char in token)
-        else:
-            # Behind a token that is the same at the beginning of a text
-            texts = backend.decode_batch([[first, id] for id in words], skip_special_tokens=False)
-            for (id, token), text in zip(words.items(), texts, strict=True):
-                byte = BYTE_TOKEN.fullmatch(token) if b"ByteFallback" in decoder else None
-                self.by_id[id] = bytes.fromhex(byte[1]) if byte else text.removeprefix(start).encode()
-        for id, token in added.items():
-            self.by_id[id] = token.content.encode()
+        is_byte_level, has_bytes = b"ByteLevel" in decoder, b"ByteFallback" in decoder
+        to_byte = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
+        pieces, decoded = dict.fromkeys(range(max(tokens) + 1), b""), []
+        for id, token in tokens.items():
+            if id in self.special_ids or is_byte_level and id in added:
+                pieces[id] = token.encode()
+            elif is_byte_level:  # what isn't in these letters stands for itself
+                pieces[id] = b"".join(to_byte.get(char, char.encode()) for char in token)
+            elif has_bytes and (byte := BYTE_TOKEN.fullmatch(token)):
+                pieces[id] = bytes.fromhex(byte[1])
+            else:
+                decoded.append(id)
+        # Behind a token that is the same at the beginning of a text
+        first, start = next((id, text) for id in tokens if (text := backend.decode([id])).isalnum())
+        texts = backend.decode_batch([[first, id] for id in decoded], skip_special_tokens=False)
+        texts = [text.removeprefix(start) for text in texts]
+        if backend.decode([first, *decoded], skip_special_tokens=False) != "".join([start, *texts]):
+            raise ValueError("has tokens whose text depends on what comes behind them")
+        pieces |= {id: text.encode() for id, text in zip(decoded, texts, strict=True)}
+        self.by_id = list(pieces.values())
         self.adds_space = b"".join(self.read(self.encode(start)[0])[0]).startswith(b" ")
 
     def read(self, ids: Sequence[int]) -> tuple[list[bytes], list[bool]]:
@@ -85,10 +94,12 @@ class Alignment(NamedTuple):
         own = torch.arange(len(self.student))
         return first_of(self.student, self.size)[self.student].where(self.known, own)
 
-    def restrict(self, wanted: torch.Tensor) -> "Alignment":
-        """Without the chunks that have a token of the student that isn't `wanted`, bool `(T,)`."""
-        kept = keep_chunks(self.student, self.teacher, self.size, self.student[~wanted])
-        return kept._replace(starts_alike=self.starts_alike)
+    def without(self, bad: torch.Tensor) -> "Alignment":
+        """Without the chunks of these numbers, `int64`."""
+        kept = torch.ones(self.size + 1, dtype=torch.bool)
+        kept[bad] = kept[self.size] = False
+        numbers = (kept.cumsum(0) - 1).where(kept, kept.sum())
+        return self._replace(student=numbers[self.student], teacher=numbers[self.teacher], size=int(kept.sum()))
 
     def to_student(self, logps: torch.Tensor) -> torch.Tensor:
         """The mean over the student's tokens of each chunk of its log-probability, `(T,)`, by those of the teacher's
@@ -135,15 +146,7 @@ def align(
     # What stands for no text at all spoils no chunk
     is_empty = student_ends.diff(prepend=student_ends.new_zeros(1)) == 0
     student[is_empty & ~student_fits] = len(ends)
-    return keep_chunks(student, teacher, len(ends), torch.cat([student[~student_fits], teacher[~teacher_fits]]))
-
-
-def keep_chunks(student: torch.Tensor, teacher: torch.Tensor, size: int, bad: torch.Tensor) -> Alignment:
-    """All chunks but some, numbered anew."""
-    kept = torch.ones(size + 1, dtype=torch.bool)
-    kept[bad] = kept[size] = False
-    numbers = (kept.cumsum(0) - 1).where(kept, kept.sum())
-    return Alignment(numbers[student], numbers[teacher], int(kept.sum()))
+    return Alignment(student, teacher, len(ends)).without(torch.cat([student[~student_fits], teacher[~teacher_fits]]))
 
 
 def join_pieces(pieces: Sequence[bytes], fits: Sequence[bool]) -> tuple[str, np.ndarray, np.ndarray]:

@@ -52,21 +52,14 @@ class TextContract(TokenContract):
         tools: list[Callable] | None = None,
         chat_template_kwargs: Any = None,
     ):
-        for whose, each in {"The student's": tokenizer, "The teacher's": teacher.tokenizer}.items():
-            if not each.is_fast:
-                raise ValueError(
-                    f"`teacher_model` reads the student's token ids differently, so it has to be given the text. "
-                    f"{whose} tokenizer, a `{type(each).__name__}`, doesn't say where in a text its tokens end: that "
-                    "takes a fast one (with a tokenizer.json). Convert it, or choose a `teacher_model` that shares "
-                    "the student's tokenizer."
-                )
+        self.student = read_pieces("The student's", tokenizer)
+        self.pieces = read_pieces("The teacher's", teacher.tokenizer)
         logger.warning(
             f"The tokenizer of the teacher {teacher.name} isn't the student's, so it is given the text of prompts and "
             "completions. What it makes of a piece of text is shared by the student's tokens in it."
         )
         super().__init__(teacher, image_problem="its tokenizer isn't the student's")
         self.template_kwargs = {"tools": tools or None, **(chat_template_kwargs or {})}
-        self.student, self.pieces = Pieces(tokenizer), Pieces(teacher.tokenizer)
         self.student_ends, self.end = set(eos_token_ids), self.find_end(teacher.tokenizer, teacher.eos_token_ids)
         by_piece = {piece: id for id, piece in enumerate(self.student.by_id) if id not in self.student.special_ids}
         own = {piece: id for id, piece in enumerate(self.pieces.by_id) if id not in self.pieces.special_ids}
@@ -74,7 +67,9 @@ class TextContract(TokenContract):
         student_end = self.find_end(tokenizer, self.student_ends)
         if self.end is not None and student_end is not None:
             pairs[self.end] = student_end
-        self.student_ids = torch.full((teacher.vocab_size,), -1)  # of the tokens that are one token of the student's
+        self.student_ids = torch.full(
+            (max(teacher.vocab_size, len(self.pieces.by_id)),), -1
+        )  # of the tokens that are one token of the student's
         for id, student_id in pairs.items():
             self.student_ids[id] = student_id
 
@@ -110,7 +105,7 @@ class TextContract(TokenContract):
     def read(self, prompt: str | list[dict], completion: torch.Tensor, wanted: torch.Tensor):
         """As that of any contract, but for the prompt, which is text or messages."""
         ids, alignment = self.align(completion.tolist(), not isinstance(prompt, str))
-        alignment = alignment.restrict(wanted)
+        alignment = alignment.without(alignment.student[~wanted])
         is_needed = alignment.teacher < alignment.size
         return torch.tensor(self.read_prompt(prompt), dtype=torch.long), ids, is_needed, alignment
 
@@ -122,7 +117,7 @@ class TextContract(TokenContract):
         if is_chat and student.adds_space and pieces:
             pieces[0] = pieces[0].removeprefix(b" ")  # which belongs to the student's chat format
         text, ends, known = join_pieces(pieces, fits)
-        if teacher.adds_space and text and not text.startswith(" "):
+        if teacher.adds_space and text and (is_chat or not text.startswith(" ")):
             text, ends = " " + text, ends + 1
             known[:1] &= is_chat  # where it is this tokenizer's way to begin
         own, own_ends = teacher.encode(text[1:] if teacher.adds_space else text)
@@ -166,6 +161,18 @@ class TextContract(TokenContract):
                     unaligned, total = unaligned + int((~known).sum()), total + len(known)
         if unaligned > MAX_UNALIGNED * total:
             raise ValueError(unaligned_message(unaligned / total, "the dataset's prompts"))
+
+
+def read_pieces(whose: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """What the tokens of a tokenizer stand for. Raises a `ValueError` if it doesn't say so."""
+    try:
+        return Pieces(tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            "`teacher_model` reads the student's token ids differently, so it has to be given the text. "
+            f"{whose} tokenizer, a `{type(tokenizer).__name__}`, {error}. Convert it, or choose a `teacher_model` "
+            "that shares the student's tokenizer."
+        ) from error
 
 
 def unaligned_message(share: float, where: str) -> str:

@@ -32,7 +32,7 @@ class OwnTeacher(WrappedTeacher):
     ):
         self.get_student, self.tokenizer = get_student, tokenizer
         self.accelerator, self.temperature = accelerator, temperature
-        self.config = config = get_student().config
+        self.config = config = self.unwrapped.config
         self.name = f"{get_config_model_id(config)} {self.note}"
         self.vocab_size = config.get_text_config().vocab_size
         self.max_length = longest_input(config)
