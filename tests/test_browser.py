@@ -129,11 +129,13 @@ def test_a_token_without_colour_has_its_figures_too(see):
     browser = see(record(["one", " two", " three"], [0.0, 0.0, 0.0]))
     run = find(browser, "[data-first='0']")
     assert run.text == "one two three"
-    left = -run.size["width"] / 2
+    left, places = -run.size["width"] / 2, []
     for share, word in ((0.1, "one"), (0.4, "two"), (0.9, "three")):
         x = left + share * run.size["width"]
         webdriver.ActionChains(browser).move_to_element_with_offset(run, int(x), 0).perform()
         assert facts(browser)[0].startswith(f"{word}   student 60.7%")
+        places.append(find(browser, "#facts").location["x"])
+    assert places[0] < places[1] < places[2]  # below its own word
 
 
 def test_what_is_said_of_a_word_on_the_next_line_does_not_cover_it(see):
