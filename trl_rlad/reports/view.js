@@ -321,7 +321,7 @@
     const center = () => span.scrollIntoView({block: "center"});
     center();
     // What comes into sight now is drawn, and moves the rest
-    requestAnimationFrame(() => requestAnimationFrame(() => { center(); show(span, i); }));
+    requestAnimationFrame(() => requestAnimationFrame(() => { center(); if (!facts.hidden) show(span, i); }));
     document.querySelectorAll(".here").forEach((other) => other.classList.remove("here"));
     span.classList.add("here");
     if (focuses) span.focus({preventScroll: true});
