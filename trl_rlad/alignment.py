@@ -90,8 +90,8 @@ class Alignment(NamedTuple):
 
     @property
     def first(self) -> torch.Tensor:
-        """The place of the first token of each student's token's chunk, `int64` `(T,)`. Those that are in none have the
-        first of these."""
+        """The place of the first token of each student's token's chunk, `int64` `(T,)`. Those in none have the first
+        of these."""
         return first_of(self.student, self.size)[self.student]
 
     def without(self, bad: torch.Tensor) -> "Alignment":
