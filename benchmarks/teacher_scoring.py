@@ -140,14 +140,13 @@ def make_ways(
         score = GRPOTrainer._get_per_token_logps_and_entropies
         return score(trl, teacher.model, input_ids, attention_mask, mask.size(1), preset.trl_batch_size)[0] * mask
 
-    def ours(kind=LocalTeacher, shares_prompts=False, budget=teacher.args.teacher_tokens_per_batch, advantages=None):
+    def ours(kind=LocalTeacher, shares_prompts=False, budget=teacher.args.teacher_tokens_per_batch, mask=mask):
         scorer = TeacherScorer({"": RowScorer(teacher, accelerator, budget)})
 
         def run():
             teacher.shares_prompts = shares_prompts
             teacher._score_by_states = kind._score_by_states.__get__(teacher)
-            given = batch if advantages is None else {**batch, "advantages": advantages}
-            return scorer.score(given, mask)["teacher_per_token_logps"]
+            return scorer.score(batch, mask)["teacher_per_token_logps"]
 
         return run
 
@@ -169,9 +168,9 @@ def make_ways(
         sizes = [sum(map(sum, lengths[8 * group : 8 * group + 8])) for group in groups]
         choices = combinations(groups, round(share * len(groups)))
         left_out = min(choices, key=lambda choice: abs(sum(sizes[group] for group in choice) - share * tokens))
-        advantages = torch.ones(len(groups), 8, device=mask.device)
-        advantages[list(left_out)] = 0
-        return ours(shares_prompts=True, advantages=advantages.flatten())
+        wanted = torch.ones_like(mask).unflatten(0, (len(groups), 8))
+        wanted[list(left_out)] = 0
+        return ours(shares_prompts=True, mask=mask * wanted.flatten(0, 1))
 
     return {
         "TRL, padded": trl_padded,

@@ -20,7 +20,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # as pymdownx.arithmatex and docstrings write them
-LISTS = ("api.md", "architecture.md", "bad_input.md", "reliability.md")  # have every word, and come last in a search
+# In a search: lists, which have every word, come last, and a metric finds its own page before those that speak of it
+BOOSTS = dict.fromkeys(("api.md", "architecture.md", "bad_input.md", "reliability.md"), 0.2) | {"metrics.md": 2}
 LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 
 
@@ -85,8 +86,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    if page.file.src_uri in LISTS:
-        page.meta["search"] = {"boost": 0.2}
+    if page.file.src_uri in BOOSTS:
+        page.meta["search"] = {"boost": BOOSTS[page.file.src_uri]}
     return LINK.sub(lambda link: place(link[1]), markdown.replace("../examples/notebook.ipynb", "notebook.md"))
 
 

@@ -106,7 +106,7 @@ def test_what_the_teacher_would_say_stands_beside_the_token_and_is_told_to_point
     assert facts(browser) == SAID
     # Of a run of several tokens it is the one under the pointer, and away from all there is nothing to say
     point_at(browser, find(browser, "h1"))
-    assert not find(browser, "#facts").is_displayed()
+    WebDriverWait(browser, 10).until(lambda browser: not find(browser, "#facts").is_displayed())
     press(browser, "n")
     assert browser.switch_to.active_element == find(browser, FIRST) and facts(browser) == SAID
     press(browser, webdriver.Keys.ARROW_RIGHT)
@@ -134,6 +134,15 @@ def test_a_token_without_colour_has_its_figures_too(see):
         x = left + share * run.size["width"]
         webdriver.ActionChains(browser).move_to_element_with_offset(run, int(x), 0).perform()
         assert facts(browser)[0].startswith(f"{word}   student 60.7%")
+
+
+def test_what_is_said_of_a_word_on_the_next_line_does_not_cover_it(see):
+    browser = see(record(["xy " * 36, " " + "B" * 40], [0.0, 4.5]))  # the blank before it ends the line
+    press(browser, "n")
+    rects = "return [...arguments[0].getClientRects()].map((x) => [x.top, x.bottom])"
+    _, (top, bottom) = browser.execute_script(rects, find(browser, ".here"))
+    ((above, below),) = browser.execute_script(rects, find(browser, "#facts"))
+    assert above >= bottom or below <= top
 
 
 def test_keys_lead_from_one_large_disagreement_to_the_next_and_back(see):
@@ -229,6 +238,11 @@ def test_the_title_is_folded_with_prompt_and_rewards(see):
         "rewards 0, 1",
         "long prompt 4",
     ]
+    # What a filter leaves is unfolded
+    search = find(browser, "[name=search]")
+    search.send_keys("prompt 3")
+    assert [each.get_attribute("open") is not None for each in details] == [True] * 4 + [False]
+    search.send_keys(webdriver.Keys.BACKSPACE * 8)
     details[4].find_element("css selector", "summary").click()
     assert details[4].find_element("css selector", ".prompt").text == "long\nprompt 4"
     assert details[4].find_element("css selector", ".label").text.splitlines() == [

@@ -449,11 +449,16 @@ def test_the_probe_runs_the_command_itself(place, tmp_path, monkeypatch, capsys)
         raise SystemExit(code)
 
     monkeypatch.setattr(probe_run, "_leave", leave)
+    # The folder is that of a run with a checkpoint, from which the command would go on
+    state = Path(place.out, "checkpoint-7", "trainer_state.json")
+    state.parent.mkdir(parents=True)
+    state.write_text("of another run")
     output = tmp_path / "probe.json"
-    arguments = place.arguments("--output_dir", place.out)
+    arguments = place.arguments("--output_dir", place.out, "--resume_from_checkpoint", "true")
     with pytest.raises(SystemExit, match="0"):
         cli(["probe", "--prompts", "2", "--output", str(output), "train", *arguments])
-    pasted = capsys.readouterr().out.split("\n")[2]
-    assert pasted == f"Paste:      {json.loads(output.read_text())['advice']['paste']}"
-    assert f"trl-rlad train {shlex.join(map(str, arguments))}" in pasted
-    assert not Path(place.out).exists()
+    printed = capsys.readouterr().out.rstrip().split("\n")
+    assert printed[2] == f"Paste:      {json.loads(output.read_text())['advice']['paste']}"
+    assert f"trl-rlad train {shlex.join(map(str, arguments))}" in printed[2]
+    assert printed[-3:] == [printed[0], printed[2], printed[-1]]  # a screen shows the end, and what to do is there too
+    assert list(Path(place.out).rglob("*")) == [state.parent, state] and state.read_text() == "of another run"

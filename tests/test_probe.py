@@ -267,7 +267,8 @@ def test_every_method_that_may_be_advised_has_its_settings_and_each_bound_its_fi
 @pytest.mark.parametrize(
     ("figures", "starts", "has"),
     [
-        (make_figures(), "clear, by bounds that rest on eight pairs", "contradicted_failed is 99% (99% to 99%, 100"),
+        (make_figures(), "clear, by bounds that rest on eight pairs",
+         "contradicted_failed (failures in which the teacher contradicts what the student is sure of) is 99% (99% to"),
         (make_figures(groups=7), "not sure, ask again with --prompts 128", "rests on too few groups (7)"),
         (make_figures(contradicted_failed=0.8, width=0.06), "not sure", "is 74% to 86% (100 groups)"),
         (make_figures(contradicted_failed=0.8, width=0.05), "clear", "the bound 75%"),
@@ -275,11 +276,13 @@ def test_every_method_that_may_be_advised_has_its_settings_and_each_bound_its_fi
         (make_figures(contradicted_failed=0.7, width=0.04), "clear", "66% to 74%"),
         (make_figures(gap=0.0, beyond_clip=0.0), "certain: student and teacher are the same", ""),
         # None of 50 groups: three in 50, by the rule of three, are not ruled out
-        (make_figures(groups=50), "not sure", ": contradicted_succeeded is 0% to 6% (50 groups), with the"),
-        (make_figures(groups=61), "clear", "contradicted_succeeded is 0% (0% to 5%, 61 groups)"),
-        (make_figures(**SOFT | {"student_entropy": 0.8, "signal": 0.7}), "clear", "student_entropy is 0.80 (0.80 to"),
+        (make_figures(groups=50), "not sure",
+         ": contradicted_succeeded (successes in which it does so) is 0% to 6% (50 groups), with the"),
+        (make_figures(groups=61), "clear", "does so) is 0% (0% to 5%, 61 groups)"),
+        (make_figures(**SOFT | {"student_entropy": 0.8, "signal": 0.7}), "clear", "entropy in nats) is 0.80 (0.80 to"),
         # Only what decides on the first thing to do
-        (make_figures(teacher_accuracy=1.0, teacher_rescues=1.0), "clear", ": teacher_rescues is 100% (97% to 100%"),
+        (make_figures(teacher_accuracy=1.0, teacher_rescues=1.0), "clear",
+         ": teacher_rescues (prompts that the teacher answers, of those that the student never does) is 100% (97% to"),
     ],
 )  # fmt: skip
 def test_how_sure_that_is(figures, starts, has):
@@ -755,7 +758,8 @@ def test_what_is_printed(capsys):
         "evidence: e limits: m",
         "12 completions of 3 prompts, 60 tokens; the teacher has scored all but 5. Student: pupil; teacher: master.",
         "gap_first +0.00 +0.00 to +0.40 12 at the first token gap_eos - too few (0) 0 at the end of a completion",
-        "signal 0% 0% to 40% 12 groups",
+        "signal 0% 0% to 25% 12 groups",  # by the rule of three
+        "student_entropy 0.00 0.00 to 0.40 12 how",  # is no share,
         "teacher_accuracy 25% 10% to 40% 12 the",
         "teacher_rescues 0% too few (1) 1 prompts",
         "Quantiles of the gap: 5%: -1.00, 95%: +2.00",
@@ -792,10 +796,11 @@ def test_the_page_has_the_decision_the_picture_and_the_rollouts(tmp_path):
     figures = {**FIGURES_TO_PRINT, "advice": {**FIGURES_TO_PRINT["advice"], "then": "<u>"}}
     page = render_page(figures, picture, [record])
     head, view = page.split("</table>")
-    assert "<b>d &lt;b&gt;</b>" in head and f"<pre>{'p ' * 200}</pre>" in head and "pupil, taught by master" in head
+    assert "<b>What to do: d &lt;b&gt;</b><p>How sure: s<p>Paste:" in head and f">{'p ' * 200}</pre>" in head
+    assert "pupil, taught by master" in head
     assert f'src="data:image/png;base64,{b64encode(b"the picture").decode()}"' in head
     assert "then: &lt;u&gt;" in head and "<u>" not in page
-    assert "<td>signal<td>0%<td>0% to 40%<td>12<td>groups" in head
+    assert "<td>signal<td>0%<td>0% to 25%<td>12<td>groups" in head
     assert "<td>teacher_rescues<td>0%<td>too few (1)<td>1<td>" in head
     assert r"say \u003ci>" in view and r"\u003cb>" in view and "<i>" not in page and page.count("<!doctype") == 1
     assert "http:" not in page and "https:" not in page  # nothing is fetched

@@ -51,6 +51,7 @@ QUESTIONS = {
     "another tokenizer": "teachers/",
     "what is alpha": "settings/",
     "log_ratio": "metrics/",
+    "teacher/log_ratio": "metrics/",
     "wandb": "metrics/",
     "out of memory": "when_it_breaks/",
     "resume": "when_it_breaks/",

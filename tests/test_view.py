@@ -5,6 +5,7 @@ import os
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_rlad.commands.view import main
-from trl_rlad.reports.curves import COLORS, draw_curves
+from trl_rlad.reports.curves import BOTTOM, COLORS, HEIGHT, TOP, draw_curves
 from trl_rlad.reports.view import render
 
 
@@ -92,7 +93,7 @@ def read_curves(page):
         svg = root.find("svg")
         # What is written at the ends of the axes, and where
         texts = [(float(text.get("x")), float(text.get("y")), text) for text in svg.iterfind("text")]
-        steps = {int(text.text): x for x, _, text in texts if text.get("text-anchor") == "middle"}
+        steps = {int(text.text.split("step ")[1]): x for x, _, text in texts if text.get("text-anchor") == "middle"}
         values = {float(text.text): y - 3 for _, y, text in texts if text.get("text-anchor") == "end"}
         scales = []
         for ticks in (steps, values):
@@ -179,6 +180,18 @@ def test_curves_add_up():
         "tokens clipped, share": [[(1, 0.75), (2, 0.25)]],
         "pass@1 in evaluation": [[(2, 0.5)]],
     }
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_the_last_values_stand_apart_above_the_steps_and_below_the_edge(end):
+    metrics = {"teacher/log_ratio": end, "teacher/log_ratio_rewarded": end, "teacher/log_ratio_punished": 0.5}
+    log = [{"step": 1, "teacher/log_ratio": 1.0 - end}, {"step": 2} | metrics]
+    page = render([("run", [], log)])
+    *_, panel = re.findall("<svg viewBox.*?</svg>", page[page.index("student against teacher") :], re.DOTALL)[:1]
+    texts = re.findall(r'<text fill="[^"]*" x="[^"]*" y="([^"]*)">([^<]*)<', panel)
+    heights = [float(y) for y, _ in texts]
+    assert [value for _, value in texts] == (["0.5", "0", "0"] if end == 0.0 else ["1", "1", "0.5"])
+    assert all(b - a >= 10 for a, b in pairwise(heights)) and heights[0] >= TOP and heights[-1] <= HEIGHT - BOTTOM + 3
 
 
 def test_seeds_share_a_line_of_their_mean_and_a_band_from_the_lowest_to_the_highest():
@@ -311,6 +324,11 @@ def test_the_parts_of_the_page():
     assert keys == [(COLORS[0], "one"), (COLORS[1], "two")]
     assert "its band" in render([("one", [], log), ("one", [], log)])
     assert "orange: the student likes this token more than the teacher" in " ".join(Page(rollouts).text.split())
+    # No frame is spoken of that isn't there
+    says = "In a frame", "is known where it names"
+    told = record() | {"named": [["B"]], "named_logps": [[-0.1]]}
+    named = render([("run", [told], [])])
+    assert [[text in page for text in says] for page in (rollouts, named)] == [[False, True], [True, False]]
 
 
 FOREIGN = {

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from .._trl.names import get_config_model_id
 from ..reports.advice import OFFLINE, recommend, settings_to_paste
 from ..reports.probe import Estimate, report
-from ..reports.probe_output import print_report, render_page, write_picture
+from ..reports.probe_output import decide, print_report, render_page, write_picture
 from ..reports.probe_run import Probe, check_trainer, describe, run_until_training
 from ..scripts import train
 from ..scripts.arguments import read_config
@@ -55,13 +55,15 @@ def make_report(trainer, args, stdout):
     settings = settings_to_paste(advice, trainer.args, args.script, args.arguments)
     is_offline = advice["method"] == OFFLINE
     advice["paste"] = offline_command(trainer, args.script, args.arguments) if is_offline else settings
-    advice["then"] += f"\n{settings}" if is_offline else ""
+    advice["then"] += f"; the student is outputs/offline\n{settings}" if is_offline else ""
     print_report(figures, stdout)
     write_picture(probe.rollouts, figures, args.output.with_suffix(".png"))
     pq.write_table(pa.Table.from_pylist(probe.rollouts), args.output.with_suffix(".parquet"))
     page = args.output.with_suffix(".html")
     page.write_text(render_page(figures, args.output.with_suffix(".png"), probe.rollouts), encoding="utf-8")
     args.output.write_text(json.dumps({name: _plain(value) for name, value in figures.items()}, indent=2) + "\n")
+    # The report is longer than a screen, of which this is the end
+    print("", *decide(figures)[::2], sep="\n", file=stdout)
     print(f"Wrote {page}, with the rollouts, and {args.output}, with the figures", file=stdout)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .probe import FEW, SAME, Estimate
+from .probe import FEW, SAME, Estimate, widen
 
 
 # Bounds, settings and sentences of the study, by `benchmarks/probe_study.py`
@@ -23,6 +23,17 @@ WORDS = {
 }
 # GRPO's, where a method says nothing else
 OFF = {"alpha": 1.0, "teacher_credit": False, "teacher_kl_coef": 0.0, "distillation_fraction": 0.0}
+
+
+# What a figure of the rule counts
+TELLS = {
+    "contradicted_failed": "failures in which the teacher contradicts what the student is sure of",
+    "contradicted_succeeded": "successes in which it does so",
+    "student_entropy": "the student's entropy in nats",
+    "signal": "groups whose rewards differ",
+    "teacher_accuracy": "answers of the teacher that succeed",
+    "teacher_rescues": "prompts that the teacher answers, of those that the student never does",
+}
 
 
 class Choice(NamedTuple):
@@ -78,17 +89,16 @@ def how_sure(choice: Choice, figures: dict) -> str:
     names = ["teacher_rescues"] if choice.first == OFFLINE else [name for name in choice.turned if name in figures]
     told, doubts = [], []
     for name in names:
-        value, low, high, groups = figures[name]
         is_share = name != "student_entropy"  # which is in nats
-        if is_share and value in (0.0, 1.0) and groups:  # the bootstrap can't draw what it hasn't seen: rule of three
-            low, high = max(value - 3 / groups, 0.0), min(value + 3 / groups, 1.0)
+        value, low, high, groups = widen(figures[name]) if is_share else figures[name]
         bound = STUDY["bounds"][name]
         shown, least, most, limit = (f"{x:.0%}" if is_share else f"{x:.2f}" for x in (value, low, high, bound))
         if groups < FEW:
-            doubts.append(f"{name} rests on too few groups ({groups})")
+            doubts.append(f"{name} ({TELLS[name]}) rests on too few groups ({groups})")
         elif low < bound <= high:
-            doubts.append(f"{name} is {least} to {most} ({groups} groups), with the bound of {limit} within")
-        told.append(f"{name} is {shown} ({least} to {most}, {groups} groups), the bound {limit}")
+            within = f"with the bound of {limit} within"
+            doubts.append(f"{name} ({TELLS[name]}) is {least} to {most} ({groups} groups), {within}")
+        told.append(f"{name} ({TELLS[name]}) is {shown} ({least} to {most}, {groups} groups), the bound {limit}")
     if doubts:
         text = f"not sure, ask again with --prompts {4 * figures['prompts']}: {'; '.join(doubts)}"
     else:

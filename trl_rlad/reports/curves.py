@@ -92,7 +92,7 @@ def _figure(title, curves, colors):
         for value in sorted({min(values), max(values)})
     ]
     parts += [
-        f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step}</text>'
+        f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">step {step}</text>'
         for step in sorted({min(steps), max(steps)})
     ]
     ends = []
@@ -113,9 +113,15 @@ def _figure(title, curves, colors):
             parts.append(
                 f'<circle fill="{color}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"><title>{said}</title></circle>'
             )
-    place = -inf
-    for end, color, value in sorted(ends):  # the last values beside their lines, one below the other
-        place = max(end + 3, place + 10)
+    # The last values beside their lines, one above the other: not on the steps below, nor over the edge above
+    ends.sort()
+    places, place = [], inf
+    for end, *_ in reversed(ends):
+        place = min(end + 3, place - 10)
+        places.append(place)
+    place = TOP - 10
+    for lowest, (_, color, value) in zip(reversed(places), ends, strict=True):
+        place = max(lowest, place + 10)
         parts.append(f'<text fill="{color}" x="{WIDTH - RIGHT + 6}" y="{place:.1f}">{_short(value)}</text>')
     keys = "".join(
         f'<span><svg viewBox="0 0 24 6"><polyline stroke="currentColor" points="0,3 24,3" '

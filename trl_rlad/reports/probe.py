@@ -113,6 +113,14 @@ def estimate(sums: list[dict[str, tuple[float, float]]], resamples: int = 1000) 
     return {name: Estimate(*row) for name, *row in rows}
 
 
+def widen(share: Estimate) -> Estimate:
+    """A share with its interval, of 0% and 100% by the rule of three: the bootstrap can't draw what it hasn't seen."""
+    value, low, high, groups = share
+    if groups >= FEW and value in (0.0, 1.0):
+        low, high = max(value - 3 / groups, 0.0), min(value + 3 / groups, 1.0)
+    return Estimate(value, low, high, groups)
+
+
 def _sum_group(
     group, success_reward, clip, epsilon_low, epsilon_high, eos_token_ids
 ) -> dict[str, tuple[float, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..rollouts import log_ratios
-from .probe import ALPHAS, FEW
+from .probe import ALPHAS, FEW, widen
 from .view import draw_rollouts, make_page
 
 
@@ -21,7 +21,7 @@ def write_picture(rollouts: list[dict], figures: dict, path: Path):
     """Draw the gap over the tokens, by success, and the shares with their intervals."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(6, 7), layout="constrained")  # for a telephone, too
     gaps: dict[bool, list[float]] = {True: [], False: []}
     for rollout in rollouts:
         known = [min(max(x, -END), END) for x in log_ratios(rollout) if x is not None]
@@ -32,12 +32,14 @@ def write_picture(rollouts: list[dict], figures: dict, path: Path):
         list(gaps.values()), bins=40, range=(-END, END), log=True, histtype="step", linewidth=1.5, label=labels
     )
     axes[0].set(xlabel=f"log(student / teacher), nats (at the ends, {END:g} and more)", ylabel="tokens")
+    axes[0].set_title("where student and teacher disagree", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
     names = [name for name in SHARES if figures[name].value >= 0][::-1]
     for place, name in enumerate(names):
-        value, low, high, _ = figures[name]
+        value, low, high, _ = widen(figures[name])
         axes[1].errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3)
     axes[1].axvline(0.5, color="gray", linewidth=0.8, linestyle=":")
+    axes[1].set_title("shares, with their 95% intervals", fontsize=10)
     axes[1].set(xlim=(-0.03, 1.03), yticks=range(len(names)), yticklabels=names)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -101,7 +103,7 @@ def _rows(figures: dict):
         if known:
             yield (title,)
         for name, (form, meaning) in known.items():
-            value, low, high, groups = figures[name]
+            value, low, high, groups = widen(figures[name]) if form == SHARE else figures[name]
             interval = f"too few ({groups})" if groups < FEW else f"{form.format(low)} to {form.format(high)}"
             yield name, form.format(value) if groups else "-", interval, str(groups), meaning
 
@@ -153,7 +155,8 @@ def render_page(figures: dict, picture: Path, rollouts: list[dict]) -> str:
         table += f"<tr>{row}" if cells else f"<tr><th colspan=5 align=left>{escape(name)}"
     source = f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
     parts = [
-        f"<p><b>{escape(advice['do'])}</b><p>{escape(advice['sure'])}<pre>{escape(advice['paste'])}</pre>",
+        f"<p><b>What to do: {escape(advice['do'])}</b><p>How sure: {escape(advice['sure'])}"
+        f"<p>Paste:<pre style='white-space:pre-wrap'>{escape(advice['paste'])}</pre>",
         *(f"<p style='white-space:pre-wrap'>{escape(text)}</p>" for text in _reasons(figures)),
         f'<p><img src="{source}" style="max-width:100%" alt="The gap over the tokens, and the shares"></p>',
         f"<details><summary>All figures</summary>{''.join(f'<p>{escape(fact)}</p>' for fact in _facts(figures))}",

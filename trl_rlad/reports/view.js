@@ -61,6 +61,11 @@
       return this;
     }
     text(i) { return data.texts[this.tokens[i]]; }
+    size(first, end) { // of tokens, in characters
+      let size = 0;
+      for (let i = first; i < end; i++) size += this.text(i).length;
+      return size;
+    }
     gap(i) { return this.scored[i] === data.unscored ? null : (this.student[i] - this.scored[i]) / data.grid; }
     get all() { this.open(); return this.cached ??= Array.from(this.tokens, (id) => data.texts[id]).join(""); }
     get large() {
@@ -254,12 +259,16 @@
     form.addEventListener("input", () => {
       at = null;
       found = -1;
-      groups.forEach(filter);
-      const number = groups.filter((group) => group.fits).length;
-      said.textContent = `${count(number)} of ${count(groups.length)} groups`;
+      said.textContent = `${count(refresh())} of ${count(groups.length)} groups`;
     });
+    refresh();
+  }
+  // Shows what fits, the first groups of it unfolded, and returns their number
+  function refresh() {
     groups.forEach(filter);
-    groups.slice(0, 3).forEach((group) => { group.root.open = true; group.open(); });
+    const shown = groups.filter((group) => group.fits);
+    shown.slice(0, 3).forEach((group) => { group.root.open = true; group.open(); });
+    return shown.length;
   }
   function nextHit() {
     const text = search.value.toLowerCase();
@@ -279,23 +288,28 @@
     }
     said.textContent = "found in no completion";
   }
+  // Characters of a span's text
+  function part(span, first, end) {
+    const range = document.createRange(), node = span.firstChild || span, length = node.textContent.length;
+    range.setStart(node, Math.min(length, first));
+    range.setEnd(node, Math.min(length, end));
+    return range;
+  }
   function mark(row, first, end) {
     if (!globalThis.Highlight) return;
     // The token's place in the text of its span is that of the hit, less what comes before the span
-    const span = row.find(at.i), range = document.createRange();
-    let before = 0;
-    for (let i = 0; i < +span.dataset.first; i++) before += row.text(i).length;
-    const node = span.firstChild, length = node.textContent.length;
-    range.setStart(node, Math.min(length, first - before));
-    range.setEnd(node, Math.min(length, end - before));
-    CSS.highlights.set("found", new Highlight(range));
+    const span = row.find(at.i), before = row.size(0, +span.dataset.first);
+    CSS.highlights.set("found", new Highlight(part(span, first - before, end - before)));
   }
 
   // ---- where the reader is
   function show(span, i) {
     facts.textContent = span.row ? span.row.describe(i) : span.textContent;
     facts.hidden = false;
-    const box = span.getClientRects()[0] || span.getBoundingClientRect(), own = facts.getBoundingClientRect();
+    const own = facts.getBoundingClientRect(), start = span.row && span.row.size(+span.dataset.first, i);
+    // Of a token on two lines, the larger part: the other may be its blank
+    const boxes = [...(span.row ? part(span, start, start + span.row.size(i, i + 1)) : span).getClientRects()];
+    const box = boxes.sort((a, b) => b.width - a.width)[0] || span.getBoundingClientRect();
     const below = box.bottom + 6 + own.height < innerHeight;
     facts.style.left = `${Math.max(4, Math.min(box.left, innerWidth - own.width - 12))}px`;
     facts.style.top = `${below ? box.bottom + 6 : Math.max(4, box.top - own.height - 6)}px`;

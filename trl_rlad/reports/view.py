@@ -100,6 +100,10 @@ def draw_rollouts(runs: list[tuple[str, list[dict]]], max_tokens: int = 2_000_00
     }
     # In a script of data nothing ends but by `</script>`, nor becomes a comment but by `<!--`
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    names = any(record.get("named") for group in shown for record in group["rows"])
+    say = '<span class="say">In a frame</span>: what the teacher would say instead.'
+    if not names:
+        say = 'What it would say instead is known where it names: <code>teacher_kl="forward"</code>.'
     left = f" Of {len(groups)} groups, {len(shown)} are here." if len(shown) < len(groups) else ""
     legend = "".join(f'<span class="s{depth}">&emsp;</span>' for depth in reversed(range(len(STEPS))))
     legend += "<span>&emsp;</span>" + "".join(f'<span class="t{depth}">&emsp;</span>' for depth in range(len(STEPS)))
@@ -108,9 +112,9 @@ def draw_rollouts(runs: list[tuple[str, list[dict]]], max_tokens: int = 2_000_00
 the largest part.{left}</p><p class="legend"><span class="s4">orange</span>: the student likes this token more than the
 teacher; <span class="t4">blue</span>: the teacher likes it more. {legend} The deeper, the more: from {factors} times
 as likely. <span class="teacher">Underlined</span>: clipped because of the teacher; <span class="policy">dotted</span>:
-clipped in any case. <span class="mute">Pale</span>: the teacher hasn't read it. <span class="say">In a frame</span>:
-what the teacher would say instead. Point at a token or touch it for its figures; <kbd>n</kbd> and <kbd>p</kbd> lead to
-the next large disagreement and back, the arrows to the next token.</p>
+clipped in any case. <span class="mute">Pale</span>: the teacher hasn't read it. {say} Point at a token or touch it for
+its figures; <kbd>n</kbd> and <kbd>p</kbd> lead to the next large disagreement and back, the arrows to the next
+token.</p>
 <form id="filters"></form><div id="groups"></div>
 <noscript>The rollouts are drawn by the script in this file, which is turned off.</noscript>
 <script type="application/json" id="data">{text}</script>"""

@@ -361,6 +361,7 @@ def run(trainer: RLADTrainer, source: Source, script_args: ScriptArguments, chec
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         if is_main:
             print(f"Pushed to {trainer.hub_model_id}")
+    trainer.accelerator.wait_for_everyone()  # whoever leaves before the first has saved can take it along if it fails
     if hasattr(trainer, "end"):  # since transformers 5.18
         trainer.end()
 
