@@ -112,7 +112,9 @@ def plain_log_probs(model, prompt, completion):
     return logits.double().log_softmax(-1)
 
 
-TEACHERS_CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[bot]"
+TEACHERS_CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{{ '[bot]' if add_generation_prompt }}"
+)
 
 
 def test_scores_of_bytes_for_words(student_path, tmp_path, monkeypatch):
