@@ -565,6 +565,7 @@ def test_the_teacher_is_sampled_and_not_the_student(probe, taught, save_answers,
     assert figures["prompts"] == 6 and figures["mean@1"]["value"] == 0.0 and figures["all_failed"]["value"] == 1.0
     assert [figures[f"teacher_{name}"]["value"] for name in ("accuracy", "rescues")] == [1.0, 1.0]
     assert "teacher_rescues 100% too few (6) 6 prompts that it answers" in " ".join(printed.split())
+    assert "; the student is outputs/offline\n" in figures["advice"]["then"]
     # What is reported of the rollouts is still the student's
     assert {tuple(r["ids"]) for r in pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()} == {(12, EOS)}
 
