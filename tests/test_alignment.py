@@ -290,7 +290,8 @@ def test_a_space_with_which_a_chat_answer_begins_is_more_than_the_one_that_a_tok
 
 def test_behind_what_a_tokenizer_changes_chunks_go_on():
     contract, tokenizer = make_contract("bytes", "wordpiece"), make_tokenizer("bytes")
-    ids = tokenizer("The teacher  is The teacher")["input_ids"]  # it writes in lower case, and one space for two
+    # It writes without accents, in lower case, and one space for two
+    ids = tokenizer("ññ The teacher  is The teacher")["input_ids"]
     words = [
         tokenizer.decode(each) for each, known in zip(ids, contract.align(ids, True)[1].known, strict=True) if known
     ]
@@ -516,6 +517,12 @@ def test_a_tokenizer_that_does_not_say_what_its_tokens_stand_for_is_refused():
                 ValueError, match=f"The {whose}'s tokenizer, a `\\w+`, .*{reason}.*shares the student's"
             ):
                 TextContract(pair[0], model, [2])
+
+
+def test_an_added_token_stands_for_itself():
+    tokenizer = edit_tokenizer("bytes", "<eos>", lambda state: None)
+    tokenizer.add_tokens(["éé"])
+    assert Pieces(tokenizer).by_id[len(tokenizer) - 1] == "éé".encode()
 
 
 def test_words_of_a_tokenizer_without_a_decoder():
