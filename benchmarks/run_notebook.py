@@ -4,6 +4,7 @@ Runs the notebook and stores its outputs in it. Needs `pip install nbclient ipyk
     python benchmarks/run_notebook.py
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def main():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     install = notebook.cells[1]
     command, install.source = install.source, ""  # what is here already
+    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, where it is installed, prints what it has found
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
     install.source = command

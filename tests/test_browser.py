@@ -111,6 +111,8 @@ def test_what_the_teacher_would_say_stands_beside_the_token_and_is_told_to_point
     assert browser.switch_to.active_element == find(browser, FIRST) and facts(browser) == SAID
     press(browser, webdriver.Keys.ARROW_RIGHT)
     assert facts(browser) == ["ok   student 60.7%, teacher 60.7% (log ratio +0.00)"]
+    press(browser, webdriver.Keys.ARROW_LEFT)
+    assert facts(browser) == SAID
     press(browser, webdriver.Keys.ESCAPE)
     assert not find(browser, "#facts").is_displayed() and find(browser, "#facts").get_attribute("role") == "status"
     box = browser.execute_script(
@@ -129,11 +131,13 @@ def test_a_token_without_colour_has_its_figures_too(see):
     browser = see(record(["one", " two", " three"], [0.0, 0.0, 0.0]))
     run = find(browser, "[data-first='0']")
     assert run.text == "one two three"
-    left = -run.size["width"] / 2
+    left, places = -run.size["width"] / 2, []
     for share, word in ((0.1, "one"), (0.4, "two"), (0.9, "three")):
         x = left + share * run.size["width"]
         webdriver.ActionChains(browser).move_to_element_with_offset(run, int(x), 0).perform()
         assert facts(browser)[0].startswith(f"{word}   student 60.7%")
+        places.append(find(browser, "#facts").location["x"])
+    assert places[0] < places[1] < places[2]  # below its own word
 
 
 def test_what_is_said_of_a_word_on_the_next_line_does_not_cover_it(see):
@@ -178,6 +182,7 @@ def test_the_label_of_a_long_completion_stays_in_sight(see):
 
 def test_long_runs_without_colour_are_folded(see):
     browser = see(LONG)
+    find(browser, ".fold")
     folds = browser.find_elements("css selector", ".fold")
     assert [fold.text for fold in folds] == [
         f"… {number} tokens without colour …" for number in ("2,940", "939", "939")
@@ -199,6 +204,7 @@ def test_filters_leave_what_was_asked_for(see):
         ("teacher", "m", ["step 3 · group 5"]),
         ("search", "t4999", ["step 3 · group 5"]),
         ("search", "NEVER", ["evaluation at step 2 · group 0 · solved"]),
+        ("search", "a c", ["evaluation at step 2 · group 0 · solved"]),
     ):
         choose(name, text)
         assert [" · ".join(title.split(" · ")[1:-1]) for title in shown(browser, "summary")] == expected, name
@@ -213,7 +219,7 @@ def test_a_search_leads_from_hit_to_hit_through_what_is_folded(see):
     search = find(browser, "[name=search]")
     for number in ("1234", "1235"):
         search.clear()
-        search.send_keys(f"t{number} t", webdriver.Keys.ENTER)
+        search.send_keys(f"t{number} t", webdriver.Keys.ENTER, webdriver.Keys.ENTER)  # the only one, again
         assert facts(browser)[0].startswith(f"t{number} ")
         found = browser.execute_script("return [...CSS.highlights.get('found')][0].toString()")
         assert found == f"t{number} t"
@@ -247,6 +253,13 @@ def test_the_title_is_folded_with_prompt_and_rewards(see):
     assert details[4].find_element("css selector", ".prompt").text == "long\nprompt 4"
     assert details[4].find_element("css selector", ".label").text.splitlines() == [
         "reward 0", "advantage −0.50", "student − teacher +1.50 nats", "3 tokens",
+    ]  # fmt: skip
+
+
+def test_a_completion_that_came_twice_and_was_not_read_says_so(see):
+    unread = record(["A", " B"], [None, None])
+    assert find(see(unread, unread), ".label").text.splitlines() == [
+        "reward 1", "advantage +0.50", "not read by the teacher", "2 tokens", "2 times the same",
     ]  # fmt: skip
 
 
@@ -292,7 +305,9 @@ def test_a_telephone_shows_all_without_a_sidewards_scroll_bar(is_dark, see, brow
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
     try:
-        see(FAILED | {"prompt": "x" * 300}, LONG, SOLVED, log=[{"step": 1, "reward": 0.5}])
+        wide = record(["y" * 300], [2.5], step=4)
+        see(FAILED | {"prompt": "x" * 300}, wide, LONG, SOLVED, log=[{"step": 1, "reward": 0.5}])
+        find(browser, ".s3")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
         color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert color == ("rgb(20, 23, 27)" if is_dark else "rgb(255, 255, 255)")

@@ -454,7 +454,9 @@ def test_the_probe_runs_the_command_itself(place, tmp_path, monkeypatch, capsys)
     state.parent.mkdir(parents=True)
     state.write_text("of another run")
     output = tmp_path / "probe.json"
-    arguments = place.arguments("--output_dir", place.out, "--resume_from_checkpoint", "true")
+    arguments = place.arguments(
+        "--output_dir", place.out, "--resume_from_checkpoint", "true", "--teacher_samples", "1"
+    )
     with pytest.raises(SystemExit, match="0"):
         cli(["probe", "--prompts", "2", "--output", str(output), "train", *arguments])
     printed = capsys.readouterr().out.rstrip().split("\n")

@@ -241,9 +241,9 @@ SOFT = {"contradicted_failed": 0.1, "student_entropy": 0.35, "signal": 0.5}  # e
         (SOFT | {"signal": 0.49}, "grpo", "", False),
         (SOFT | {"contradicted_failed": 0.99}, "rlad_named", "", False),
         (SOFT | {"teacher_accuracy": 0.9}, "rlad_named", "", False),
-        (SOFT | {"teacher_accuracy": 0.89}, "grpo", "", False),
-        (SOFT | {"teacher_accuracy": 0.5, "teacher_rescues": 0.25}, OFFLINE, "grpo", False),
-        (SOFT | {"teacher_accuracy": 0.49, "teacher_rescues": 0.25}, "grpo", "", False),
+        (SOFT | {"teacher_accuracy": 0.89}, "rlad_named", "", True),
+        (SOFT | {"teacher_accuracy": 0.5, "teacher_rescues": 0.25}, OFFLINE, "rlad_named", True),
+        (SOFT | {"teacher_accuracy": 0.49, "teacher_rescues": 0.25}, "rlad_named", "", True),
         (SOFT | {"teacher_accuracy": 0.0}, "grpo", "", False),
         (SOFT | {"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, OFFLINE, "rlad_named", False),
     ],
@@ -565,6 +565,7 @@ def test_the_teacher_is_sampled_and_not_the_student(probe, taught, save_answers,
     assert figures["prompts"] == 6 and figures["mean@1"]["value"] == 0.0 and figures["all_failed"]["value"] == 1.0
     assert [figures[f"teacher_{name}"]["value"] for name in ("accuracy", "rescues")] == [1.0, 1.0]
     assert "teacher_rescues 100% too few (6) 6 prompts that it answers" in " ".join(printed.split())
+    assert "; the student is outputs/offline\n" in figures["advice"]["then"]
     # What is reported of the rollouts is still the student's
     assert {tuple(r["ids"]) for r in pq.read_table(tmp_path / "reports" / "probe.parquet").to_pylist()} == {(12, EOS)}
 

@@ -103,3 +103,27 @@ def test_a_script_that_saves_and_pushes_whatever_happens_leaves_folder_and_hub_a
     else:
         assert result.returncode == 1 and result.stdout == "", result.stderr
         assert report["refused"] in result.stderr and "Two lines to change" in report["refused"]
+
+
+@pytest.mark.slow
+def test_the_main_job_is_probed_beside_its_checkpoints_and_pushes_nothing(tmp_path):
+    run = tmp_path / "run"
+    for name in (
+        "checkpoint-7/trainer_state.json",
+        "checkpoint-7/model.safetensors",
+        "_rollouts/rollouts_00007.parquet",
+    ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(f"{name} of another run")
+    before = read(run)
+    with HubServer() as hub:
+        hub.repos["tester/pupil"] = {"README.md": b"of another run"}
+        env = hub.env(tmp_path / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+        command = [sys.executable, "-m", "trl_rlad", "probe", "--prompts", "2", "train", "--output_dir", "run"]
+        command += "--resume_from_checkpoint true --save_strategy steps --save_steps 1 --push_to_hub true".split()
+        command += "--hub_model_id tester/pupil --hub_token hf_good --teacher_samples 1".split()
+        result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("What to do: "), result.stderr
+    assert read(run) == before and {path.name for path in tmp_path.iterdir()} <= {"run", "home", "outputs"}
+    assert not [request for request in hub.requests if request.split()[0] not in ("GET", "HEAD")], hub.requests
+    assert hub.repos == {"tester/pupil": {"README.md": b"of another run"}} and not hub.commits

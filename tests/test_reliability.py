@@ -320,6 +320,25 @@ def test_an_infinite_reward_stops_training(bad, student_path, teacher_path, tmp_
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.parametrize("bad", [1.0, None, [1.0, "good", 1.0, 1.0]], ids=["a number", "nothing", "a word"])
+def test_a_reward_function_that_returns_no_list_of_numbers_is_named(bad, student_path, teacher_path, tmp_path):
+    def mean_reward(**kwargs):
+        return bad
+
+    trainer = make_trainer(student_path, teacher_path, tmp_path, [mean_reward])
+    with pytest.raises(TypeError, match="A reward function .`mean_reward`. has returned something else than a list"):
+        trainer.train()
+
+
+def test_an_error_within_a_reward_function_is_its_own(student_path, teacher_path, tmp_path):
+    def broken_reward(completions, **kwargs):
+        return [len(None) for _ in completions]
+
+    trainer = make_trainer(student_path, teacher_path, tmp_path, [broken_reward])
+    with pytest.raises(TypeError, match=r"^object of type 'NoneType' has no len\(\)$"):
+        trainer.train()
+
+
 def test_a_loss_that_is_not_finite_stops_training_before_the_update(student_path, teacher_path, tmp_path):
     trainer = make_trainer(student_path, teacher_path, tmp_path, teacher_kl_coef=0.1)
     guide, weights = trainer.guide.guide, []

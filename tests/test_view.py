@@ -117,6 +117,7 @@ def test_tokens_say_what_the_teacher_made_of_them():
         record("liked", gap=-0.2, clipped=2) | {"named": [["liked"]], "named_logps": [[-0.05]]},
         record("unread") | {"teacher_logps": [None]},
         record("hopeless", gap=500.0),
+        record("between") | {"logps": [-1.0009]},
     ]
     rows = {row["tokens"][0]: row for row in Page(render([("run", records, [])])).groups[0]["rows"]}
     assert [rows["surer"][name] for name in ("student", "scored", "clipped")] == [[-1.0], [-3.5], [1]]
@@ -125,6 +126,7 @@ def test_tokens_say_what_the_teacher_made_of_them():
     assert rows["liked"]["scored"] == [-0.8] and rows["liked"]["clipped"] == [2] and rows["liked"]["named"] == {}
     assert rows["unread"]["scored"] == [None] and rows["unread"]["mean"] is None
     assert rows["hopeless"]["scored"] == [-65.0] and rows["hopeless"]["mean"] == 500.0
+    assert rows["between"]["student"] == [-1.0]  # the nearest that is written, of 1/500 nat
 
 
 def test_whatever_a_run_says_is_only_text():

@@ -5,11 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import isfinite
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOTrainer
 
 from ..objective.guidance import Guidance
 from .loss_call import LossCall, loss_is_patched
@@ -113,8 +115,17 @@ class GuidedGRPOTrainer(TrimmingGRPOTrainer):
 
     def _calculate_rewards(self, inputs, *args, **kwargs):
         call = self._generation_call or _GenerationCall(inputs)
-        with call.early if any(map(is_async_callable, self.reward_funcs)) else nullcontext():
-            call.rewards_per_func = rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+        try:
+            with call.early if any(map(is_async_callable, self.reward_funcs)) else nullcontext():
+                call.rewards_per_func = rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+        except TypeError as error:
+            *_, (frame, _) = walk_tb(error.__traceback__)
+            if frame.f_globals["__name__"] != GRPOTrainer.__module__:  # but within a function
+                raise
+            raise TypeError(
+                f"A reward function (`{'`, `'.join(self.reward_func_names)}`) has returned something else than a list "
+                f"with a number, or `None`, for each completion: {error}."
+            ) from None
         if rewards.isinf().any():  # TRL would make an advantage of 0 or of 3e38 of it
             name = self.reward_func_names[rewards.isinf().any(0).nonzero()[0].item()]
             raise FloatingPointError(

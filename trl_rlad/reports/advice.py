@@ -55,7 +55,7 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
        unless none of its own answers is right.
     3. If it contradicts successes too, or is itself often wrong, it is believed only where it is right.
     4. Where it contradicts little, a soft student whose groups are mixed learns from its grades: RLAD; and from what
-       it names, if its own answers were seen to be right. If they are often wrong, and elsewhere: GRPO.
+       it names, if its own answers were seen: wherever they are right. Elsewhere: GRPO.
     5. Before that, if it answers prompts on which the student fails throughout, and at least half of all: imitate its
        right answers offline.
     """
@@ -75,8 +75,8 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
     )
     loss = "rlad_named" if names else "grpo"
     if knows and not names and reaches("student_entropy") and reaches("signal"):
-        is_right = accuracy is None or reaches("teacher_accuracy")
-        loss = "grpo" if not is_right else "rlad" if accuracy is None else "rlad_named"
+        flawed = accuracy is not None and not reaches("teacher_accuracy")
+        loss = "rlad" if accuracy is None else "rlad_named"
     if reaches("teacher_rescues") and (accuracy is None or accuracy.value >= 0.5):
         return Choice(OFFLINE, loss, flawed, tuple(turned))
     return Choice(loss, "", flawed, tuple(turned))
