@@ -175,6 +175,7 @@ REGIME = {
         "offline distillation",
         "TRL's distillation, reverse",
         "TRL's distillation, forward",
+        "on-policy distillation, forward",
         "KDRL, bounded, 0.05",
         "KDRL, bounded, 1",
         "KDRL",

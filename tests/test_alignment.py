@@ -13,9 +13,10 @@ import pytest
 import tiny
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trl_rlad.alignment import Alignment, Pieces, align, join_pieces, spread
@@ -158,7 +159,7 @@ def test_chunks_are_the_smallest_pieces_of_the_same_text(case):
         text, other = b"".join(pieces), b"".join(others)
         if mine[0] == 0 and is_chat:  # a space that is one of the chat format's
             text = text.removeprefix(b" ") if contract.student.adds_space else text
-            other = other if text.startswith(b" ") else other.removeprefix(b" ")
+            other = other.removeprefix(b" ") if contract.pieces.adds_space else other
             first_is_a_space = True
         assert text == other
         # No two of its tokens end at the same place of the text before its end
@@ -168,11 +169,11 @@ def test_chunks_are_the_smallest_pieces_of_the_same_text(case):
     assert alignment.known.tolist() == [number < alignment.size for number in alignment.student.tolist()]
 
 
-@settings(max_examples=200, deadline=None)
-@given(pairs, texts, st.booleans())
+@settings(max_examples=100, deadline=None)
+@given(st.permutations(sorted(LOSSLESS)), texts, st.booleans())
 def test_of_text_that_both_keep_nothing_is_left_out(pair, text, is_chat):
-    student, teacher = pair
-    if not {student, teacher} <= LOSSLESS or any(each in text for each in [*SPECIAL, "▁"]):
+    student, teacher, *_ = pair
+    if any(each in text for each in [*SPECIAL, "▁"]):
         return
     tokenizer = make_tokenizer(student)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -180,6 +181,7 @@ def test_of_text_that_both_keep_nothing_is_left_out(pair, text, is_chat):
     left_out = alignment.known.logical_not().nonzero().flatten().tolist()
     if teacher == "spm" != student and not (is_chat or text.startswith(" ")):
         assert left_out == list(range(len(left_out)))  # before which this teacher reads a space
+        assert len(left_out) >= (len(ids) > 0)
     else:
         assert not left_out
 
@@ -288,11 +290,17 @@ def test_a_space_with_which_a_chat_answer_begins_is_more_than_the_one_that_a_tok
 
 def test_behind_what_a_tokenizer_changes_chunks_go_on():
     contract, tokenizer = make_contract("bytes", "wordpiece"), make_tokenizer("bytes")
-    ids = tokenizer("The teacher  is The teacher")["input_ids"]  # it writes in lower case, and one space for two
+    # It writes without accents, in lower case, and one space for two
+    ids = tokenizer("ññ The teacher  is The teacher")["input_ids"]
     words = [
         tokenizer.decode(each) for each, known in zip(ids, contract.align(ids, True)[1].known, strict=True) if known
     ]
     assert "".join(words) == " teacher teacher"
+    # Of the spaces at the end it reads nothing, so its end of the turn isn't one behind them
+    ids = [*tokenizer("so  ")["input_ids"], tokenizer.eos_token_id]
+    own, alignment = contract.align(ids, True)
+    assert own[-1] == make_tokenizer("wordpiece").eos_token_id and len(own) == 2
+    assert not alignment.known[-1] and tokenizer.decode(torch.tensor(ids)[alignment.known]) == "so"
 
 
 def test_ends_of_turn_are_each_others():
@@ -311,7 +319,7 @@ def test_ends_of_turn_are_each_others():
 
 
 @pytest.mark.parametrize(
-    ("template", "end"), [(None, "<eos>"), ("{{ messages[1].content }}<|im_end|><pad>", "<|im_end|>")]
+    ("template", "end"), [(None, "<eos>"), ("<eos>{{ messages[1].content }}<|im_end|><pad>", "<|im_end|>")]
 )
 def test_the_end_of_turn_is_that_of_the_chat_template(template, end):
     teacher = make_tokenizer("unigram")
@@ -322,6 +330,66 @@ def test_the_end_of_turn_is_that_of_the_chat_template(template, end):
         assert TextContract(make_tokenizer("bytes"), model, [2]).end == teacher.convert_tokens_to_ids(end)
     finally:
         teacher.chat_template = None
+
+
+CHAT = (
+    "{% for tool in tools or [] %}({{ tool.function.name }}){% endfor %}{{ mood }}{{ messages[0].content }}"
+    "{{ '>' if add_generation_prompt }}"
+)
+
+
+def test_a_prompt_is_read_as_the_teachers_own_tokenizer_and_chat_template_have_it():
+    def add(a: int):
+        """
+        Add.
+
+        Args:
+            a: A number.
+        """
+
+    teacher = edit_tokenizer("characters", "<eos>", lambda state: None)
+    begin = [("<pad>", teacher.pad_token_id)]
+    teacher.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=begin)
+    teacher.chat_template = CHAT
+    model = SimpleNamespace(name="Tutor", tokenizer=teacher, eos_token_ids={2}, vocab_size=len(teacher))
+    contract = TextContract(make_tokenizer("bytes"), model, [3], [add], {"mood": "-"})
+    assert teacher.decode(contract.read_prompt("a b")) == "<pad>a b"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert teacher.decode(contract.read_prompt([{"role": "user", "content": parts}])) == "(add)-a b>"
+
+
+def test_a_student_may_have_several_ends_of_turn():
+    model = SimpleNamespace(name="Tutor", tokenizer=make_tokenizer("unigram"), eos_token_ids={2}, vocab_size=500)
+    contract, ids = TextContract(make_tokenizer("bytes"), model, [2, 3]), make_tokenizer("bytes")("to")["input_ids"]
+    for end in (2, 3):
+        own, alignment = contract.align([*ids, end], True)
+        assert own[-1] == 2 and alignment.known.all()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "columns", "message"),
+    [
+        (
+            "wordpiece",
+            {"prompt": ["THE TEACHER IS"]},
+            "no score for 100% of the student's tokens in the dataset's prompts",
+        ),
+        ("wordpiece", {"prompt": ["so"], "teacher_prompt": ["THE TEACHER IS"]}, "in the dataset's prompts"),
+        (
+            "characters",
+            {"prompt": ["a"], "teacher_prompt": [[{"role": "user", "content": "a"}]]},
+            "template can't render",
+        ),
+        ("characters", {"prompt": ["the teacher"]}, "Prompts of 11 tokens and completions of up to 10 are too long"),
+    ],
+)
+def test_what_the_teacher_cannot_read_of_a_dataset_is_refused(teacher, columns, message):
+    own, student = make_tokenizer(teacher), make_tokenizer("bytes")
+    parts = {"name": "Tutor", "tokenizer": own, "eos_token_ids": {2}, "vocab_size": len(own)}
+    contract = TextContract(student, SimpleNamespace(**parts, max_length=20, length_remedy="wait"), [3])
+    contract.check_dataset(Dataset.from_dict({"prompt": ["to", "THE"], "teacher_prompt": [None, "so"]}), student, 10)
+    with pytest.raises(ValueError, match=message):
+        contract.check_dataset(Dataset.from_dict(columns), student, 10)
 
 
 numbers = st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=6)
@@ -402,7 +470,7 @@ def test_at_the_beginning_a_space_is_no_name_where_only_one_of_the_two_begins_wi
     ids = tokenizer("the teacher", add_special_tokens=False)["input_ids"]
     for is_chat, first in ((True, -float("inf")), (False, 0.0)):
         own, alignment = contract.align(tokenizer(" the")["input_ids"] if not is_chat else ids, is_chat)
-        named = own[:, None]
+        named, alignment = own[:, None], alignment.without(alignment.student[:0])
         logps = contract.to_student(TokenScores(torch.zeros(len(own)), named, torch.zeros(len(own), 1)), alignment)
         assert logps.top_logps[0].item() == first
 
@@ -449,6 +517,12 @@ def test_a_tokenizer_that_does_not_say_what_its_tokens_stand_for_is_refused():
                 ValueError, match=f"The {whose}'s tokenizer, a `\\w+`, .*{reason}.*shares the student's"
             ):
                 TextContract(pair[0], model, [2])
+
+
+def test_an_added_token_stands_for_itself():
+    tokenizer = edit_tokenizer("bytes", "<eos>", lambda state: None)
+    tokenizer.add_tokens(["éé"])
+    assert Pieces(tokenizer).by_id[len(tokenizer) - 1] == "éé".encode()
 
 
 def test_words_of_a_tokenizer_without_a_decoder():

@@ -607,7 +607,7 @@ def _(place):
 OTHER = "another tokenizer"
 
 
-@refused("teacher", f"{OTHER}, a slow one", "The teacher's tokenizer", "takes a fast one", "shares the student's")
+@refused("teacher", f"{OTHER}, a slow one", "The teacher's tokenizer", "as a fast one", "shares the student's")
 def _(place):
     place.trainer(teacher=tiny.save_model(place.folder / "slow", 0, ByT5Tokenizer(), vocab_size=400))
 

@@ -131,8 +131,10 @@ def test_a_teacher_that_lags_behind_begins_anew_on_resumption_and_says_so(tmp_pa
 def test_the_student_stays_in_its_mode_with_its_adapter_and_teaches_without_dropout(training, tmp_path, student_path):
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.5, init_lora_weights=False)
     student = AutoModelForCausalLM.from_pretrained(student_path, attention_dropout=0.5)
+    student.generation_config.eos_token_id = [1, 2]
     options = {"peft_config": lora, "processing_class": tiny.make_tokenizer(), "teacher_model": "self"}
-    trainer = RLADTrainer(student, tiny.reward, tiny.make_config(tmp_path), make_dataset(), **options)
+    trainer = RLADTrainer(student, tiny.reward, tiny.make_config(tmp_path, temperature=0.7), make_dataset(), **options)
+    assert len(trainer.teacher_scorer.scorers[""].contract.unknown_ids) == 0  # both ends are its own
     teacher, ids = trainer.teacher_scorer.teachers[""], torch.arange(4, 15)
     trainer.model.train(training)
     with teacher.placed():
@@ -143,7 +145,7 @@ def test_the_student_stays_in_its_mode_with_its_adapter_and_teaches_without_drop
     merged = AutoModelForCausalLM.from_pretrained(student_path)
     merged.load_state_dict(deepcopy(trainer.model).merge_and_unload().state_dict())
     with torch.no_grad():
-        logits = merged(ids[None]).logits[0, 4:-1].log_softmax(-1)
+        logits = (merged(ids[None]).logits[0, 4:-1] / 0.7).log_softmax(-1)
     torch.testing.assert_close(first.logps, logits.gather(1, ids[5:, None])[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(first.top_logps, logits.topk(4).values, rtol=0, atol=1e-5)
     assert not first.logps.requires_grad and not first.top_logps.requires_grad
@@ -189,6 +191,12 @@ def test_without_a_teacher_prompt_it_is_refused(tmp_path, student_path, teacher_
     with pytest.raises(ValueError, match="column `teacher_prompt` tells it"):
         make(tmp_path, student_path, several, {"a": "self", "b": teacher_path})
     make(tmp_path, student_path, plain, teacher_path)
+
+
+def test_a_teacher_prompt_that_is_too_long_for_the_student_is_refused(tmp_path, student_path):
+    short = tiny.save_model(tmp_path / "short", 0, positions=12)
+    with pytest.raises(ValueError, match="knows 12 positions.* or shorten its `teacher_prompt`"):
+        make(tmp_path, short, make_dataset())
 
 
 def test_a_stream_without_a_teacher_prompt_is_refused_at_its_first_batch(tmp_path, student_path):

@@ -90,9 +90,9 @@ class Alignment(NamedTuple):
 
     @property
     def first(self) -> torch.Tensor:
-        """The place of the first token of each student's token's chunk, `int64` `(T,)`: its own if it is in none."""
-        own = torch.arange(len(self.student))
-        return first_of(self.student, self.size)[self.student].where(self.known, own)
+        """The place of the first token of each student's token's chunk, `int64` `(T,)`. Those in none have the first
+        of these."""
+        return first_of(self.student, self.size)[self.student]
 
     def without(self, bad: torch.Tensor) -> "Alignment":
         """Without the chunks of these numbers, `int64`."""
@@ -141,7 +141,7 @@ def align(
         student_fits, teacher_fits (`torch.Tensor` of the same shapes):
             Which tokens stand for their part of the text, bool. A chunk with one that doesn't is left out.
     """
-    ends = student_ends[torch.isin(student_ends, teacher_ends) & (student_ends > 0)].unique()
+    ends = student_ends[torch.isin(student_ends, teacher_ends)].unique()
     student, teacher = torch.searchsorted(ends, student_ends), torch.searchsorted(ends, teacher_ends)
     # What stands for no text at all spoils no chunk
     is_empty = student_ends.diff(prepend=student_ends.new_zeros(1)) == 0
