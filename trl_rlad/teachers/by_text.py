@@ -67,9 +67,8 @@ class TextContract(TokenContract):
         student_end = self.find_end(tokenizer, self.student_ends)
         if self.end is not None and student_end is not None:
             pairs[self.end] = student_end
-        self.student_ids = torch.full(
-            (max(teacher.vocab_size, len(self.pieces.by_id)),), -1
-        )  # of the tokens that are one token of the student's
+        size = max(teacher.vocab_size, len(self.pieces.by_id))
+        self.student_ids = torch.full((size,), -1)  # of the tokens that are one token of the student's
         for id, student_id in pairs.items():
             self.student_ids[id] = student_id
 
