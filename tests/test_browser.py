@@ -61,6 +61,7 @@ def see(browser, tmp_path):
         path = tmp_path / f"{next(numbers)}.html"
         path.write_text(render([(name, list(records), list(log))]), encoding="utf-8")
         browser.get(path.as_uri())
+        browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")  # it is drawn
         return browser
 
     yield see

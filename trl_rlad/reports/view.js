@@ -320,8 +320,12 @@
     at = {row, i};
     const center = () => span.scrollIntoView({block: "center"});
     center();
-    // What comes into sight now is drawn, and moves the rest
-    requestAnimationFrame(() => requestAnimationFrame(() => { center(); if (!facts.hidden) show(span, i); }));
+    // What comes into sight now is drawn, and moves the rest; unless the reader is elsewhere by then
+    requestAnimationFrame(() => requestAnimationFrame(() => {
+      if (at.row !== row || at.i !== i) return;
+      center();
+      if (!facts.hidden) show(span, i);
+    }));
     document.querySelectorAll(".here").forEach((other) => other.classList.remove("here"));
     span.classList.add("here");
     if (focuses) span.focus({preventScroll: true});
