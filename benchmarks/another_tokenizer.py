@@ -12,12 +12,11 @@ Each run adds a line to the results, from which the study goes on if it is inter
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
 
 import torch
-from tables import interval
+from tables import add_result, interval, read_results
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
@@ -149,7 +148,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = read_results(RESULTS)
     if args.report:
         return report(lines)
     torch.set_num_threads(1)
@@ -163,17 +162,11 @@ def main():
         ("the student", MINI / "student", LENGTH),
     ):
         if (name, None) not in done:
-            add({"method": name, "accuracy": round(measure(str(path), length), 4)})
+            add_result(RESULTS, {"method": name, "accuracy": round(measure(str(path), length), 4)})
     for seed in SEEDS:
         for method in args.methods:
             if (method, seed) not in done:
-                add(run(method, seed, teacher, args.output_dir / "runs"))
-
-
-def add(line: dict):
-    """Append a line to the results."""
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+                add_result(RESULTS, run(method, seed, teacher, args.output_dir / "runs"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ All methods have the same steps, rollouts and learning rate, and by seed the sam
 Each run adds a line to the results, from which the study goes on if it is interrupted.
 """
 
-import json
 import time
 from itertools import product
 from pathlib import Path
@@ -21,6 +20,7 @@ from statistics import mean
 import torch
 import transformers
 from datasets import Dataset
+from tables import add_result, read_results
 from trl import SFTConfig
 
 from trl_rlad import RLADConfig, RLADTrainer
@@ -62,7 +62,7 @@ def make_student(path: Path):
     trainer = distil.make_trainer(base, Dataset.from_list(rows).shuffle(seed=0), args)
     trainer.train()
     trainer.save_model(path)
-    add({"method": "start"} | measure(trainer.model.eval()))
+    add_result(RESULTS, {"method": "start"} | measure(trainer.model.eval()))
 
 
 def measure(model) -> dict:
@@ -106,27 +106,17 @@ def report(lines: list[dict]):
             print(f"| {method} | {plain:.1%} | {gains if method != 'GRPO' else ''} | {shown:.1%} |")
 
 
-def read() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def add(line: dict):
-    """Append a line to the results."""
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def main():
     student = OUTPUTS / "student"
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if not student.exists():
         make_student(student)
-    done = [(line["method"], line.get("seed")) for line in read()]
+    done = [(line["method"], line.get("seed")) for line in read_results(RESULTS)]
     for method, seed in product(METHODS, SEEDS):
         if (method, seed) not in done:
-            add(run(method, seed, str(student)))
-    report(read())
+            add_result(RESULTS, run(method, seed, str(student)))
+    report(read_results(RESULTS))
 
 
 if __name__ == "__main__":

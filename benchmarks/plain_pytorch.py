@@ -2,20 +2,20 @@
 GRPO and RLAD on chains of operators in plain PyTorch, written from the equations (arXiv 2402.03300 and 2602.22495) and
 sharing nothing with TRL or this library but the task and the models: does `comparison.py` measure the methods, or us?
 
-    python benchmarks/plain_pytorch.py               # 4 runs of a minute on one CPU core
+    python benchmarks/plain_pytorch.py               # ten runs of a minute on one CPU core
     python benchmarks/plain_pytorch.py --report      # beside the library's runs in `results/chains_runs.jsonl`
 
 Bed, rates, steps and rollouts are those of `comparison.py`: `half_gpt`, 300 steps of 16 x 8 rollouts in two updates.
 """
 
 import argparse
-import json
 import random
 from itertools import chain
 from pathlib import Path
 from statistics import mean
 
 import torch
+from tables import add_result, read_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.scripts.arguments import MINI
@@ -68,12 +68,12 @@ def run(method, seed):
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATES[method], weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(update / WARM_UP, 1.0))
 
-    def draw(size):
+    def draw(rng, size):
         prompts = [draw_prompt(rng) for _ in range(size)]
         return prompts, torch.tensor([tokenizer.convert_tokens_to_ids(each.split()) for each in prompts])
 
     for _ in range(STEPS):
-        prompts, ids = draw(PROMPTS)
+        prompts, ids = draw(rng, PROMPTS)
         ids = ids.repeat_interleave(GROUP, 0)
         completion, mask = sample(student, ids, end)
         rewards = torch.tensor(
@@ -96,28 +96,26 @@ def run(method, seed):
             optimizer.step()
             warm_up.step()
             optimizer.zero_grad()
-    rng = random.Random("plain, held out")
-    prompts, ids = draw(4000)
+    prompts, ids = draw(random.Random("plain, held out"), 4000)
     parts = [sample(student, part, end)[0] for part in ids.split(1000)]
     return mean(grade(tokenizer, end, *pair) for pair in zip(prompts, chain(*parts), strict=True))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--report", action="store_true", help="only the table of what is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = RESULTS / "plain_pytorch.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_results(path)
     done = [(line["method"], line["seed"]) for line in lines]
     for seed in options.seeds:
         for method in RATES:
             if (method, seed) not in done and not options.report:
                 lines.append({"method": method, "seed": seed, "rate": RATES[method], "accuracy": run(method, seed)})
-                with path.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
-    library = [json.loads(line) for line in (RESULTS / "chains_runs.jsonl").read_text().splitlines()]
+                add_result(path, lines[-1])
+    library = read_results(RESULTS / "chains_runs.jsonl")
     print("| method | plain PyTorch | the library |\n|---|---|---|")
     for method, rate in RATES.items():
         job = {"student": "half_gpt", "method": method, "teacher": "strong", "rate": rate}

@@ -28,6 +28,12 @@ def read_results(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def add_result(path, result):
+    """Append a line to a file of results."""
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
 def select(results, plan):
     """The runs that are a plan's own."""
     return [r for r in results if all(r[name] == plan[name] for name in ("student", "steps"))]

@@ -361,7 +361,8 @@ def run(trainer: RLADTrainer, source: Source, script_args: ScriptArguments, chec
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         if is_main:
             print(f"Pushed to {trainer.hub_model_id}")
-    trainer.accelerator.wait_for_everyone()  # whoever leaves before the first has saved can take it along if it fails
+    # A process that fails at its end takes the others with it, and the first may still be saving
+    trainer.accelerator.wait_for_everyone()
     if hasattr(trainer, "end"):  # since transformers 5.18
         trainer.end()
 
