@@ -73,6 +73,8 @@ METHODS = {
     "GRPO + named": [read_method("grpo_named")],
     "RLAD's gate alone": [RLAD | {"guide": "GateGuide"}],
     "RLAD + bounded divergence": [RLAD | {"teacher_kl_coef": 0.2}],
+    "acceptance": [RLAD | {"guide": "AcceptanceGuide"}],
+    "acceptance + bounded divergence": [RLAD | {"guide": "AcceptanceGuide", "teacher_kl_coef": 0.2}],
     "RLAD, clamp 2": [RLAD | {"teacher_log_ratio_clip": 2.0}],
     "RLAD, no clamp": [RLAD | {"teacher_log_ratio_clip": None}],
     "KDRL, bounded, 0.05": [BOUNDED | {"teacher_kl_coef": 0.05}],
@@ -92,6 +94,7 @@ SHARED_RATE = TRUSTED | {  # run at the rate of another method, with which they 
     "credit, normalized": "credit",
 }
 FEW = ("GRPO", "RLAD", "KDRL", "on-policy distillation", "offline distillation")
+BOTH = ("RLAD + bounded divergence", "acceptance + bounded divergence")
 # Rollouts in a step come in groups of 8, or are as many kept samples of the teacher
 STUDENTS = {
     "mistaken": {
@@ -121,7 +124,7 @@ STUDENTS = {
         "steps": 40,
         "eval_steps": 8,
         "rollouts": 128,
-        "methods": (*FEW, "credit", "credit, normalized", "RLAD + named", "RLAD + named, trusted"),
+        "methods": (*FEW, "credit", "credit, normalized", "RLAD + named", "RLAD + named, trusted", *BOTH),
         "flawed": ("GRPO", "RLAD", "offline distillation", "credit", "RLAD + named", "RLAD + named, trusted"),
     },
     "sheltered": {
@@ -129,7 +132,7 @@ STUDENTS = {
         "steps": 80,
         "eval_steps": 16,
         "rollouts": 128,
-        "methods": (*FEW, "credit", "RLAD + named", "RLAD + named, trusted"),
+        "methods": (*FEW, "credit", "RLAD + named", "RLAD + named, trusted", *BOTH),
         "flawed": (
             "GRPO",
             "RLAD",
@@ -185,7 +188,8 @@ REGIME = {
         "RLAD + named, 0.1",
         "RLAD + named, 0.3",
         "RLAD's gate alone",
-        "RLAD + bounded divergence",
+        "acceptance",
+        *BOTH,
         "offline, then RLAD + named",
         "distil, then GRPO",
         "RLAD + named, trusted",

@@ -8,6 +8,7 @@ the roads that the trial at the start has chosen for it, and some families by ev
 What has been measured stands in `results/families.jsonl`, and a run goes on from there.
 """
 
+import argparse
 import json
 import tempfile
 from contextlib import contextmanager
@@ -460,6 +461,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     results = {row.pop("model"): row for row in known}
     for model_class in tqdm(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - results.keys())):

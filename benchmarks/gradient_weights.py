@@ -27,7 +27,7 @@ def clipped_objective(logps, anchor, advantage):
 
 
 def weight(objective, log_ratio, advantage):
-    """Derivative of an objective with respect to log pi_S, at the old policy."""
+    """Derivative of an objective with respect to log pi_S, at the old policy `(1, ...)`."""
     logps = torch.full_like(log_ratio, -2.0).requires_grad_()
     old = logps.detach()
     objective(logps, old, old - log_ratio, advantage).sum().backward()
@@ -38,8 +38,8 @@ def grpo(logps, old, teacher, advantage):
     return clipped_objective(logps, old, advantage)
 
 
-def trrd(logps, old, teacher, advantage):
-    anchor, _ = TRRDLoss(alpha=0.5)(logps, old, teacher, torch.ones_like(old))
+def trrd(logps, old, teacher, advantage, clip=1.0):
+    anchor, _ = TRRDLoss(0.5, clip)(logps, old, teacher, torch.ones_like(old))
     return clipped_objective(logps, anchor, advantage)
 
 
@@ -49,8 +49,7 @@ def kdrl(logps, old, teacher, advantage, clip=None):
 
 def credit(logps, old, teacher, advantage):
     anchor, _ = TRRDLoss(alpha=0.5)(old, old, teacher, torch.ones_like(old))
-    sign = (advantage > 0) - (advantage < 0)
-    return clipped_objective(logps, old, advantage * ((anchor - old) * sign).exp())
+    return clipped_objective(logps, old, advantage * ((anchor - old) * advantage.sign()).exp())
 
 
 def main():
@@ -70,7 +69,7 @@ def main():
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), sharex=True, layout="constrained")
     for axis, (advantage, title) in zip(axes, titles.items(), strict=True):
         for name, (objective, style) in objectives.items():
-            axis.plot(log_ratio[0], weight(objective, log_ratio, advantage), style, label=name)
+            axis.plot(log_ratio[0], weight(objective, log_ratio, torch.tensor(advantage)), style, label=name)
         axis.axhline(0, color="gray", linewidth=0.6)
         axis.set(title=title, xlabel=r"$\log\,\pi_S / \pi_T$")
         axis.grid(alpha=0.3)

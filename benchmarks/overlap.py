@@ -9,6 +9,7 @@ else runs here; all around them is what trains. The server is the tests', over r
 small.
 """
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -48,6 +49,7 @@ def slow_down(teacher: type[LocalTeacher]):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     slow_down(LocalTeacher)
     generator = random.Random(0)  # no two rollouts are alike

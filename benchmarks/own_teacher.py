@@ -12,6 +12,7 @@ All methods have the same steps, rollouts and learning rate, and by seed the sam
 Each run adds a line to the results, from which the study goes on if it is interrupted.
 """
 
+import argparse
 import time
 from itertools import product
 from pathlib import Path
@@ -107,6 +108,7 @@ def report(lines: list[dict]):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     student = OUTPUTS / "student"
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -34,7 +34,7 @@ PUBLISHED = {
     "SWE 4B": (5.7, 5.8),
 }
 METHODS = ("RLAD", "RLAD + named", "offline distillation")
-BEDS = (*STUDENTS, "half_gpt", "half_qwen3")
+BEDS = (*STUDENTS, "half_gpt", "half_qwen3", "soft_qwen3", "far_qwen3")
 
 
 def gains(results, plan, rates, method, teacher):
@@ -72,7 +72,7 @@ def main():
             axis.annotate(f" {student}, {teacher} teacher", (x, 0), fontsize=7, **place)
             shown = plan["methods"] if teacher == "strong" else plan["flawed"]
             for index, method in enumerate(METHODS):
-                if method not in shown:
+                if method not in shown or not pick(results, method, teacher, rates.get(method), plan["seeds"]):
                     continue
                 y, y_width = gains(results, plan, rates, method, teacher)
                 label = method if (student, teacher) == ("mistaken", "strong") else None

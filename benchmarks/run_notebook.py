@@ -4,6 +4,7 @@ Runs the notebook and stores its outputs in it. Needs `pip install nbclient ipyk
     python benchmarks/run_notebook.py
 """
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ NOTEBOOK = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     install = notebook.cells[1]
     command, install.source = install.source, ""  # what is here already

@@ -6,6 +6,7 @@ What the checks at the start of training cost, beside the loading of the teacher
 For a vocabulary of 152,000 tokens, 10,000 prompts of about 200 tokens, and a teacher of 600M parameters in float32.
 """
 
+import argparse
 import time
 from types import SimpleNamespace
 
@@ -46,6 +47,7 @@ def make_teacher(model):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     words = {f"word{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))

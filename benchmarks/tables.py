@@ -91,12 +91,12 @@ def with_operators(runs):
     return " / ".join(f"{mean(each[operator] for each in shares):.0%}" for operator in "&|" if shares) or "-"
 
 
-def at_end(*names):
-    """What was logged at the end of the runs, averaged over them."""
+def logged(part, form, *names):
+    """What was logged in one part of the runs, averaged over them."""
 
     def describe(runs):
-        values = [[run["logs"][name][-1] for run in runs if run["logs"][name]] for name in names]
-        return " / ".join(f"{mean(each):.2f}" for each in values if each) or "-"
+        values = [[run["logs"][name][part] for run in runs if run["logs"][name]] for name in names]
+        return " / ".join(format(mean(each), form) for each in values if each) or "-"
 
     return describe
 
@@ -107,8 +107,8 @@ OF_KNIGHTS = {"with `&` / with <code>&#124;</code>": with_operators}
 OF_CHAINS = {
     "area": lambda runs: f"{mean(map(area, runs)):.1%}",
     "pass@16": lambda runs: f"{mean(run['pass@16'] for run in runs):.1%}",
-    "entropy": at_end("entropy"),
-    "gated, rewarded / punished": at_end("clip_ratio/high_by_teacher", "clip_ratio/low_by_teacher"),
+    "entropy at the end": logged(-1, ".2f", "entropy"),
+    "gated at first, rewarded / punished": logged(0, ".1%", "clip_ratio/high_by_teacher", "clip_ratio/low_by_teacher"),
     "CPU seconds": lambda runs: f"{mean(run['cpu_seconds'] for run in runs):.0f}",
 }
 

@@ -16,7 +16,11 @@ class NormalizedCreditGuide(TeacherGuide):
     """
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
-        terms, scores, advantages = self.terms, self.read_scores(batch), two_dimensional(batch["advantages"])
+        terms, scores, advantages = (
+            self.terms,
+            self.read_scores(batch, self.terms),
+            two_dimensional(batch["advantages"]),
+        )
         trrd = TRRDLoss(terms.alpha, terms.teacher_log_ratio_clip)
         anchor, _ = trrd(old_per_token_logps, old_per_token_logps, scores.logps, scores.mask)
         credit = (anchor - old_per_token_logps) * scores.mask
@@ -50,6 +54,21 @@ class GateGuide(TeacherGuide):
     def guide(self, per_token_logps, old_per_token_logps, batch):
         causes = super().guide(per_token_logps, old_per_token_logps, batch).causes
         return Guidance(advantages=two_dimensional(batch["advantages"]) * ~_gated(causes))
+
+
+class AcceptanceGuide(TeacherGuide):
+    """
+    Tried as a better form of the ratio: GRPO whose praise counts as far as the teacher accepts a token, and whose
+    blame as far as it doesn't, with the probability min(1, teacher / student) of speculative sampling.
+    """
+
+    def guide(self, per_token_logps, old_per_token_logps, batch):
+        scores, advantages = self.read_scores(batch, self.terms), two_dimensional(batch["advantages"])
+        accepted = (scores.logps - old_per_token_logps).clamp(max=0).exp()
+        shares = torch.where(advantages > 0, accepted, 1 - accepted)
+        shared = torch.where(scores.mask, advantages * shares, advantages)
+        penalty = super().guide(per_token_logps, old_per_token_logps, batch).penalty
+        return Guidance(advantages=shared, penalty=penalty)
 
 
 class RandomGateGuide(TeacherGuide):

@@ -6,6 +6,7 @@ Writes `results/walk.md`.
     python benchmarks/walk.py
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -50,6 +51,7 @@ def write_script(folder: Path):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         places = {"venv": f"{folder}/venv", "bin": f"{folder}/venv/bin", "out": folder}
         write_script(Path(folder))

@@ -1,10 +1,12 @@
 """What the study of `benchmarks/comparison.py` makes of given runs. The runs themselves take hours."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -111,3 +113,30 @@ def test_every_method_is_well_formed(tmp_path):
 
 def test_the_probe_quotes_the_study():
     assert json.loads(probe_study.QUOTED.read_text()) == probe_study.quote()
+
+
+GUIDES = {phase["guide"] for phases in comparison.METHODS.values() for phase in phases if phase and "guide" in phase}
+
+
+@pytest.mark.parametrize("name", sorted(GUIDES))
+def test_every_variant_trains(make_trainer, name):
+    trainer = make_trainer(max_steps=2)
+    trainer.guide = getattr(variants, name)(trainer, trainer.teacher_scorer)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_acceptance_shares_out_praise_and_blame(make_trainer):
+    trainer = make_trainer()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    old = torch.full((2, 3), -1.0)
+    batch = {
+        "advantages": torch.tensor([2.0, -1.0]),
+        "completion_mask": mask.long(),
+        # Liked better, half as likely as the student has it, and not scored
+        "teacher_per_token_logps": torch.tensor([[-0.5, -1.0 - math.log(2), -9.0]]).expand(2, 3),
+        "teacher_mask": torch.tensor([[True, True, False]]).expand(2, 3),
+    }
+    guidance = variants.AcceptanceGuide(trainer, trainer.teacher_scorer).guide(old, old, batch)
+    torch.testing.assert_close(guidance.advantages, torch.tensor([[2.0, 1.0, 2.0], [0.0, -0.5, -1.0]]))
+    assert guidance.anchor is None and guidance.penalty is None
