@@ -154,7 +154,7 @@ MINI_RATES = (1e-4, 3e-4, 1e-3)
 KNIGHTS_MEASURED = "200 for each number of people, sampled at temperature 0.6 and top-p 0.95"
 CHAINS_MEASURED = "4,000 once each at temperature 1 (1,000 on the way), and 240 sixteen times for Pass@16"
 REGIME_QUICK = {
-    "rates": (3e-4, 1e-4),
+    "rates": (2e-4, 5e-4),
     "seeds": (1, 2),
     "methods": ("GRPO", "RLAD", "KDRL, bounded", "RLAD + named"),
     "flawed": (),

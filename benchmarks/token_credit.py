@@ -2,7 +2,7 @@
 What each objective makes of right and of wrong tokens: on chains of operators each step is known to be one or the
 other, which no reward says.
 
-    python benchmarks/token_credit.py --models outputs/comparison      # half a minute on one CPU core
+    python benchmarks/token_credit.py > benchmarks/results/token_credit.md      # half a minute on one CPU core
 
 The student of a bed as it starts, 500 prompts with 8 rollouts each, one update after it. Of each method the weight
 that `gradient_weights.py` draws, averaged over right and over wrong tokens, of completions that succeeded, of those
@@ -96,9 +96,15 @@ def roll_out(bed, folder: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beds", nargs="+", default=["half_gpt", "half_qwen3", "far_qwen3"], help="of `beds.py`")
+    parser.add_argument(
+        "--beds", nargs="+", default=["half_gpt", "half_qwen3", "soft_qwen3", "far_qwen3"], help="of `beds.py`"
+    )
     parser.add_argument("--models", type=Path, default=Path("outputs", "comparison"), help="folder of the models")
     options = parser.parse_args()
+    print("# What each objective makes of right and of wrong tokens\n")
+    print(
+        "`python benchmarks/token_credit.py`: weights of $\\nabla\\log\\pi_S$ in the first update, by kind of token."
+    )
     for name in options.beds:
         log_ratio, advantages, mask, right = roll_out(BEDS[name], options.models)
         classes = {
