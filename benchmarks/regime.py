@@ -12,7 +12,7 @@ and mathematics with Qwen3-8B teaching 1.7B and 0.6B) and the model card ziansu/
 
 import argparse
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
 
 import matplotlib.pyplot as plt
 from comparison import STUDENTS, make_plan, split
@@ -61,6 +61,7 @@ def main():
     )
     for name, point in PUBLISHED.items():
         axis.annotate(name, point, color="gray", fontsize=7, xytext=(4, -8), textcoords="offset points")
+    points = {"published": list(PUBLISHED.values()), "ours": []}
     every_result = [result for path in args.runs for result in read_results(path)]
     for student in BEDS:
         plan = make_plan(student)
@@ -75,12 +76,17 @@ def main():
                 if method not in shown or not pick(results, method, teacher, rates.get(method), plan["seeds"]):
                     continue
                 y, y_width = gains(results, plan, rates, method, teacher)
+                if method == "RLAD":
+                    points["ours"].append((x, y))
                 label = method if (student, teacher) == ("mistaken", "strong") else None
                 settings = {"fmt": "o", "color": f"C{index}", "markersize": 4, "elinewidth": 1, "label": label}
                 axis.errorbar(x, y, y_width, x_width, **settings)
                 print(
                     f"{student:>10} {teacher:>7}  {x:+6.1f} ± {x_width:4.1f}  {method:>22}  {y:+6.1f} ± {y_width:4.1f}"
                 )
+    for whose, pairs in points.items():
+        slope, intercept = linear_regression(*zip(*pairs, strict=True))
+        print(f"RLAD's gain, {whose}: {slope:.2f} of distillation's and {intercept:+.1f} points ({len(pairs)} pairs)")
     axis.set(xlabel="on-policy distillation - GRPO, points", ylabel="method - GRPO, points")
     axis.set_xlim(right=36)
     axis.legend(frameon=False, loc="upper left")
