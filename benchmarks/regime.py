@@ -34,7 +34,7 @@ PUBLISHED = {
     "SWE 4B": (5.7, 5.8),
 }
 METHODS = ("RLAD", "RLAD + named", "offline distillation")
-BEDS = (*STUDENTS, "half_gpt", "half_qwen3", "soft_qwen3", "far_qwen3")
+BEDS = (*STUDENTS, "half_gpt", "half_qwen3", "far_qwen3")
 
 
 def gains(results, plan, rates, method, teacher):
@@ -89,6 +89,7 @@ def main():
         print(f"RLAD's gain, {whose}: {slope:.2f} of distillation's and {intercept:+.1f} points ({len(pairs)} pairs)")
     axis.set(xlabel="on-policy distillation - GRPO, points", ylabel="method - GRPO, points")
     axis.set_xlim(right=36)
+    axis.set_ylim(bottom=-55)  # room for the names
     axis.legend(frameon=False, loc="upper left")
     plt.savefig(args.output, dpi=150)
     print(f"Saved {args.output}")
