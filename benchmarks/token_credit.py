@@ -23,7 +23,7 @@ from plain_pytorch import logps_of, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlad.objective.teacher_kl import reverse_kl
-from trl_rlad.scripts.tasks.chains import OPERATORS, VALUES, correctness_reward, draw_prompt, solve
+from trl_rlad.scripts.tasks.chains import EOS, OPERATORS, VALUES, correctness_reward, draw_prompt, solve
 
 
 PROMPTS, GROUP = 500, 8
@@ -58,12 +58,12 @@ METHODS = {
 
 
 def is_right(prompt: str, words: list[str]) -> list[bool]:
-    """Whether each word of a completion follows from the one before it, and the end from as many as there are."""
+    """Whether each word of a completion is what follows from the one before it, and the end where it should be."""
     *names, last = prompt.split()
     marks = []
     for index, word in enumerate(words):
         if index == len(names):
-            marks.append(word not in VALUES)
+            marks.append(word == EOS)
         else:
             marks.append(VALUES.get(word) == OPERATORS[names[index]][VALUES.get(last, 0)])
         last = word

@@ -16,11 +16,8 @@ class NormalizedCreditGuide(TeacherGuide):
     """
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
-        terms, scores, advantages = (
-            self.terms,
-            self.read_scores(batch, self.terms),
-            two_dimensional(batch["advantages"]),
-        )
+        terms, advantages = self.terms, two_dimensional(batch["advantages"])
+        scores = self.read_scores(batch, terms)
         trrd = TRRDLoss(terms.alpha, terms.teacher_log_ratio_clip)
         anchor, _ = trrd(old_per_token_logps, old_per_token_logps, scores.logps, scores.mask)
         credit = (anchor - old_per_token_logps) * scores.mask
