@@ -34,7 +34,7 @@ PUBLISHED = {
     "SWE 4B": (5.7, 5.8),
 }
 METHODS = ("RLAD", "RLAD + named", "offline distillation")
-BEDS = (*STUDENTS, "half_gpt", "half_qwen3", "far_qwen3")
+BEDS = (*STUDENTS, "half_gpt", "half_qwen3", "soft_qwen3", "far_qwen3")
 
 
 def gains(results, plan, rates, method, teacher):
