@@ -21,6 +21,7 @@ from beds import BEDS
 from gradient_weights import credit, grpo, kdrl, trrd, weight
 from plain_pytorch import logps_of, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from variants import share_out
 
 from trl_rlad.objective.teacher_kl import reverse_kl
 from trl_rlad.scripts.tasks.chains import EOS, OPERATORS, VALUES, correctness_reward, draw_prompt, solve
@@ -36,9 +37,7 @@ def gate(logps, old, teacher, advantage):
 
 
 def acceptance(logps, old, teacher, advantage):
-    """See `AcceptanceGuide`."""
-    accepted = (teacher - old).clamp(max=0).exp()
-    return grpo(logps, old, teacher, advantage * torch.where(advantage > 0, accepted, 1 - accepted))
+    return grpo(logps, old, teacher, share_out(advantage, old, teacher))
 
 
 def distillation(logps, old, teacher, advantage):

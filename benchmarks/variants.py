@@ -53,6 +53,12 @@ class GateGuide(TeacherGuide):
         return Guidance(advantages=two_dimensional(batch["advantages"]) * ~_gated(causes))
 
 
+def share_out(advantages, old_logps, teacher_logps):
+    """Praise as far as the teacher accepts a token, blame as far as it doesn't."""
+    accepted = (teacher_logps - old_logps).clamp(max=0).exp()
+    return advantages * torch.where(advantages > 0, accepted, 1 - accepted)
+
+
 class AcceptanceGuide(TeacherGuide):
     """
     Tried as a better form of the ratio: GRPO whose praise counts as far as the teacher accepts a token, and whose
@@ -61,9 +67,7 @@ class AcceptanceGuide(TeacherGuide):
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
         scores, advantages = self.read_scores(batch, self.terms), two_dimensional(batch["advantages"])
-        accepted = (scores.logps - old_per_token_logps).clamp(max=0).exp()
-        shares = torch.where(advantages > 0, accepted, 1 - accepted)
-        shared = torch.where(scores.mask, advantages * shares, advantages)
+        shared = torch.where(scores.mask, share_out(advantages, old_per_token_logps, scores.logps), advantages)
         penalty = super().guide(per_token_logps, old_per_token_logps, batch).penalty
         return Guidance(advantages=shared, penalty=penalty)
 
