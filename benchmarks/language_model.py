@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 from datasets import Dataset
+from tables import read_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
@@ -314,10 +315,6 @@ def run_missing(jobs: list[dict], plan: dict, folder: Path) -> list[dict]:
             file.write(json.dumps(result) + "\n")
             file.flush()
     return results
-
-
-def read_results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def do(job: dict, plan: dict, folder: Path) -> dict:
