@@ -76,6 +76,9 @@ METHODS = {
     "credit + bounded divergence": [read_method("credit") | {"teacher_kl_coef": 0.2}],
     "acceptance": [RLAD | {"guide": "AcceptanceGuide"}],
     "acceptance + bounded divergence": [RLAD | {"guide": "AcceptanceGuide", "teacher_kl_coef": 0.2}],
+    "acceptance + bounded divergence, trusted": [
+        RLAD | {"guide": "AcceptanceGuide", "teacher_kl_coef": 0.2, "trusted": True}
+    ],
     "acceptance + named": [NAMED | {"guide": "AcceptanceGuide"}],
     "RLAD + named everywhere": [NAMED | {"teacher_kl_on": "all"}],
     "RLAD, clamp 2": [RLAD | {"teacher_log_ratio_clip": 2.0}],
@@ -89,7 +92,10 @@ METHODS = {
     "RLAD + named, shuffled teacher": [NAMED | {"guide": "ShuffledGuide"}],
     "random gate": [RLAD | {"guide": "RandomGateGuide"}],
 }
-TRUSTED = {"RLAD + named, trusted": "RLAD + named"}
+TRUSTED = {
+    "RLAD + named, trusted": "RLAD + named",
+    "acceptance + bounded divergence, trusted": "acceptance + bounded divergence",
+}
 SHARED_RATE = TRUSTED | {  # run at the rate of another method, with which they are to be compared
     "GRPO + named": "RLAD + named",
     "RLAD + named, shuffled teacher": "RLAD + named",
@@ -199,6 +205,7 @@ REGIME = {
         "offline, then RLAD + named",
         "distil, then GRPO",
         "RLAD + named, trusted",
+        "acceptance + bounded divergence, trusted",
     ),
     "shown": (
         "GRPO",
@@ -210,7 +217,15 @@ REGIME = {
         "GRPO + named",
         "TRL's distillation, reverse",
     ),
-    "flawed": ("GRPO", "RLAD", "offline distillation", "RLAD + named", "RLAD + named, trusted"),
+    "flawed": (
+        "GRPO",
+        "RLAD",
+        "offline distillation",
+        "RLAD + named",
+        "RLAD + named, trusted",
+        "acceptance + bounded divergence",
+        "acceptance + bounded divergence, trusted",
+    ),
 }
 JOB = ("student", "method", "teacher", "rate", "seed", "steps")  # what tells one run from another
 LOGGED = ("entropy", "teacher/log_ratio", "teacher/clamped", "teacher/kl") + tuple(

@@ -68,6 +68,8 @@ class AcceptanceGuide(TeacherGuide):
     def guide(self, per_token_logps, old_per_token_logps, batch):
         scores, advantages = self.read_scores(batch, self.terms), two_dimensional(batch["advantages"])
         shared = torch.where(scores.mask, share_out(advantages, old_per_token_logps, scores.logps), advantages)
+        if scores.weight is not None:
+            shared = torch.lerp(advantages.expand_as(shared), shared, scores.weight)
         penalty = super().guide(per_token_logps, old_per_token_logps, batch).penalty
         return Guidance(advantages=shared, penalty=penalty)
 
