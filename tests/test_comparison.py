@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import comparison
 import probe_study
 import tables
+import token_credit
 import variants
 
 from trl_rlad import RLADConfig
+from trl_rlad.scripts.tasks.chains import OPERATORS, solve
 
 
 METHODS = ("GRPO", "KDRL", "RLAD + named", "GRPO + named")
@@ -124,6 +126,19 @@ def test_every_variant_trains(make_trainer, name):
     trainer.guide = getattr(variants, name)(trainer, trainer.teacher_scorer)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_each_token_of_a_chain_is_judged_by_the_one_before_it():
+    prompt = "a f t b b c q o 3"
+    words = [*map(str, solve(prompt)), "<eos>"]
+    assert token_credit.is_right(prompt, words) == [True] * 9
+    # One mistake, from which the next step goes on as it should; a digit in letters; and no end
+    wrong = next(digit for digit in "0123456789" if digit not in words[1])
+    after = str(OPERATORS["t"][int(wrong)])
+    judged = token_credit.is_right(prompt, [words[0], wrong, after, *words[3:8], "5"])
+    assert judged == [True, False, True, False, True, True, True, True, False]
+    assert token_credit.is_right(prompt, ["eight"]) == [words[0] == "8"]
+    assert token_credit.is_right(prompt, [words[0], "<eos>"]) == [True, False]
 
 
 def test_acceptance_shares_out_praise_and_blame(make_trainer):
