@@ -54,6 +54,7 @@ OFFLINE = None
 RLAD, NAMED = read_method("rlad"), read_method("rlad_named")
 BOUNDED = read_method("kdrl_bounded")
 IN_MINIATURE = {"teacher_kl_coef": 0.2}  # of KDRL: the published 2e-3 changes nothing in a few dozen steps
+ACCEPTANCE = {"guide": "AcceptanceGuide", "alpha": 0.0}
 METHODS = {
     "GRPO": [read_method("grpo")],
     "RLAD": [RLAD],
@@ -74,12 +75,11 @@ METHODS = {
     "RLAD's gate alone": [RLAD | {"guide": "GateGuide"}],
     "RLAD + bounded divergence": [RLAD | {"teacher_kl_coef": 0.2}],
     "credit + bounded divergence": [read_method("credit") | {"teacher_kl_coef": 0.2}],
-    "acceptance": [RLAD | {"guide": "AcceptanceGuide"}],
-    "acceptance + bounded divergence": [RLAD | {"guide": "AcceptanceGuide", "teacher_kl_coef": 0.2}],
-    "acceptance + bounded divergence, trusted": [
-        RLAD | {"guide": "AcceptanceGuide", "teacher_kl_coef": 0.2, "trusted": True}
-    ],
-    "acceptance + named": [NAMED | {"guide": "AcceptanceGuide"}],
+    "acceptance": [RLAD | ACCEPTANCE],
+    "acceptance + bounded divergence": [RLAD | ACCEPTANCE | {"teacher_kl_coef": 0.2}],
+    "acceptance + bounded divergence, trusted": [RLAD | ACCEPTANCE | {"teacher_kl_coef": 0.2, "trusted": True}],
+    "half acceptance + bounded divergence": [RLAD | ACCEPTANCE | {"alpha": 0.5, "teacher_kl_coef": 0.2}],
+    "acceptance + named": [NAMED | ACCEPTANCE],
     "RLAD + named everywhere": [NAMED | {"teacher_kl_on": "all"}],
     "RLAD, clamp 2": [RLAD | {"teacher_log_ratio_clip": 2.0}],
     "RLAD, no clamp": [RLAD | {"teacher_log_ratio_clip": None}],
@@ -200,6 +200,7 @@ REGIME = {
         "credit + bounded divergence",
         "acceptance",
         *BOTH,
+        "half acceptance + bounded divergence",
         "acceptance + named",
         "RLAD + named everywhere",
         "offline, then RLAD + named",

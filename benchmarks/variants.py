@@ -62,14 +62,14 @@ def share_out(advantages, old_logps, teacher_logps):
 class AcceptanceGuide(TeacherGuide):
     """
     Tried as a better form of the ratio: GRPO whose praise counts as far as the teacher accepts a token, and whose
-    blame as far as it doesn't, with the probability min(1, teacher / student) of speculative sampling.
+    blame as far as it doesn't, with the probability min(1, teacher / student) of speculative sampling. `alpha` is the
+    part of GRPO's own advantages.
     """
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
         scores, advantages = self.read_scores(batch, self.terms), two_dimensional(batch["advantages"])
-        shared = torch.where(scores.mask, share_out(advantages, old_per_token_logps, scores.logps), advantages)
-        if scores.weight is not None:
-            shared = torch.lerp(advantages.expand_as(shared), shared, scores.weight)
+        part = scores.mask * (1 - self.terms.alpha) * (1.0 if scores.weight is None else scores.weight)
+        shared = torch.lerp(advantages, share_out(advantages, old_per_token_logps, scores.logps), part)
         penalty = super().guide(per_token_logps, old_per_token_logps, batch).penalty
         return Guidance(advantages=shared, penalty=penalty)
 

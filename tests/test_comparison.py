@@ -141,8 +141,9 @@ def test_each_token_of_a_chain_is_judged_by_the_one_before_it():
     assert token_credit.is_right(prompt, [words[0], "<eos>"]) == [True, False]
 
 
-def test_acceptance_shares_out_praise_and_blame(make_trainer):
-    trainer = make_trainer()
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_acceptance_shares_out_praise_and_blame(make_trainer, alpha):
+    trainer = make_trainer(alpha=alpha)
     mask = torch.ones(2, 3, dtype=torch.bool)
     old = torch.full((2, 3), -1.0)
     batch = {
@@ -152,6 +153,12 @@ def test_acceptance_shares_out_praise_and_blame(make_trainer):
         "teacher_per_token_logps": torch.tensor([[-0.5, -1.0 - math.log(2), -9.0]]).expand(2, 3),
         "teacher_mask": torch.tensor([[True, True, False]]).expand(2, 3),
     }
-    guidance = variants.AcceptanceGuide(trainer, trainer.teacher_scorer).guide(old, old, batch)
-    torch.testing.assert_close(guidance.advantages, torch.tensor([[2.0, 1.0, 2.0], [0.0, -0.5, -1.0]]))
+    guide = variants.AcceptanceGuide(trainer, trainer.teacher_scorer)
+    guidance = guide.guide(old, old, batch)
+    shares = torch.tensor([[1.0, 0.5, 1.0], [0.0, 0.5, 1.0]])
+    given = batch["advantages"].unsqueeze(1)
+    torch.testing.assert_close(guidance.advantages, given * (alpha + (1 - alpha) * shares))
     assert guidance.anchor is None and guidance.penalty is None
+    # A teacher that isn't believed changes nothing
+    trusting = guide.guide(old, old, {**batch, "teacher_weight": torch.tensor([1.0, 0.0])})
+    torch.testing.assert_close(trusting.advantages, torch.stack([guidance.advantages[0], given[1].expand(3)]))
