@@ -2,6 +2,8 @@
 Controls and what was tried, which are no settings of the library: guides of an `RLADTrainer` with one thing changed.
 """
 
+from dataclasses import replace
+
 import torch
 
 from trl_rlad.objective.guidance import Guidance, two_dimensional
@@ -65,6 +67,10 @@ class AcceptanceGuide(TeacherGuide):
     blame as far as it doesn't, with the probability min(1, teacher / student) of speculative sampling. `alpha` is the
     part of GRPO's own advantages.
     """
+
+    @property
+    def terms(self):
+        return replace(super().terms, ratio=False)
 
     def guide(self, per_token_logps, old_per_token_logps, batch):
         scores, advantages = self.read_scores(batch, self.terms), two_dimensional(batch["advantages"])
