@@ -54,6 +54,7 @@ OFFLINE = None
 RLAD, NAMED = read_method("rlad"), read_method("rlad_named")
 BOUNDED = read_method("kdrl_bounded")
 IN_MINIATURE = {"teacher_kl_coef": 0.2}  # of KDRL: the published 2e-3 changes nothing in a few dozen steps
+EVERYWHERE = "RLAD + named everywhere"
 ACCEPTANCE = {"guide": "AcceptanceGuide", "alpha": 0.0}
 METHODS = {
     "GRPO": [read_method("grpo")],
@@ -80,7 +81,7 @@ METHODS = {
     "acceptance + bounded divergence, trusted": [RLAD | ACCEPTANCE | {"teacher_kl_coef": 0.2, "trusted": True}],
     "half acceptance + bounded divergence": [RLAD | ACCEPTANCE | {"alpha": 0.5, "teacher_kl_coef": 0.2}],
     "acceptance + named": [NAMED | ACCEPTANCE],
-    "RLAD + named everywhere": [NAMED | {"teacher_kl_on": "all"}],
+    EVERYWHERE: [NAMED | {"teacher_kl_on": "all"}],
     "RLAD, clamp 2": [RLAD | {"teacher_log_ratio_clip": 2.0}],
     "RLAD, no clamp": [RLAD | {"teacher_log_ratio_clip": None}],
     "KDRL, bounded, 0.05": [BOUNDED | {"teacher_kl_coef": 0.05}],
@@ -123,6 +124,7 @@ STUDENTS = {
             "distil, then RLAD",
             "offline, then RLAD + named",
             "GRPO + named",
+            EVERYWHERE,
             "RLAD + named, shuffled teacher",
             "random gate",
         ),
@@ -133,7 +135,7 @@ STUDENTS = {
         "steps": 40,
         "eval_steps": 8,
         "rollouts": 128,
-        "methods": (*FEW, "credit", "credit, normalized", "RLAD + named", "RLAD + named, trusted", *BOTH),
+        "methods": (*FEW, "credit", "credit, normalized", "RLAD + named", "RLAD + named, trusted", *BOTH, EVERYWHERE),
         "flawed": ("GRPO", "RLAD", "offline distillation", "credit", "RLAD + named", "RLAD + named, trusted"),
     },
     "sheltered": {
@@ -141,7 +143,7 @@ STUDENTS = {
         "steps": 80,
         "eval_steps": 16,
         "rollouts": 128,
-        "methods": (*FEW, "credit", "RLAD + named", "RLAD + named, trusted", *BOTH),
+        "methods": (*FEW, "credit", "RLAD + named", "RLAD + named, trusted", *BOTH, EVERYWHERE),
         "flawed": (
             "GRPO",
             "RLAD",
@@ -202,7 +204,7 @@ REGIME = {
         *BOTH,
         "half acceptance + bounded divergence",
         "acceptance + named",
-        "RLAD + named everywhere",
+        EVERYWHERE,
         "offline, then RLAD + named",
         "distil, then GRPO",
         "RLAD + named, trusted",
