@@ -82,6 +82,7 @@ METHODS = {
     "half acceptance + bounded divergence": [RLAD | ACCEPTANCE | {"alpha": 0.5, "teacher_kl_coef": 0.2}],
     "acceptance + named": [NAMED | ACCEPTANCE],
     EVERYWHERE: [NAMED | {"teacher_kl_on": "all"}],
+    f"{EVERYWHERE}, trusted": [NAMED | {"teacher_kl_on": "all", "trusted": True}],
     "RLAD, clamp 2": [RLAD | {"teacher_log_ratio_clip": 2.0}],
     "RLAD, no clamp": [RLAD | {"teacher_log_ratio_clip": None}],
     "KDRL, bounded, 0.05": [BOUNDED | {"teacher_kl_coef": 0.05}],
@@ -95,6 +96,7 @@ METHODS = {
 }
 TRUSTED = {
     "RLAD + named, trusted": "RLAD + named",
+    f"{EVERYWHERE}, trusted": EVERYWHERE,
     "acceptance + bounded divergence, trusted": "acceptance + bounded divergence",
 }
 SHARED_RATE = TRUSTED | {  # run at the rate of another method, with which they are to be compared
@@ -208,6 +210,7 @@ REGIME = {
         "offline, then RLAD + named",
         "distil, then GRPO",
         "RLAD + named, trusted",
+        f"{EVERYWHERE}, trusted",
         "acceptance + bounded divergence, trusted",
     ),
     "shown": (
@@ -226,6 +229,7 @@ REGIME = {
         "offline distillation",
         "RLAD + named",
         "RLAD + named, trusted",
+        f"{EVERYWHERE}, trusted",
         "acceptance + bounded divergence",
         "acceptance + bounded divergence, trusted",
     ),
