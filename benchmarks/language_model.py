@@ -67,15 +67,16 @@ METHODS = {
     "RLAD + named, trusted": read_method("rlad_named"),  # with the column `teacher_weight`
     "RLAD + named, 0.1": read_method("rlad_named") | {"teacher_kl_coef": 0.1},
     "on-policy distillation, bounded": read_method("opd_bounded"),
+    "RLAD + named everywhere": read_method("rlad_named") | {"teacher_kl_on": "all"},
 }
 FOUR = list(METHODS)[:4]
-FIVE = [name for name in METHODS if not name.endswith("trusted")]
+SIX = [name for name in METHODS if not name.endswith("trusted")]
 WEIGHT_SAMPLES = 4  # of the teacher, for each prompt, for that column
 PRESETS = {
     "cpu": {"sft_rows": 4608, "sft_batch": 16, "student_steps": 24, "rollouts": 32, "steps": 12, "sweep_steps": 6}
     | {"rates": (1e-5, 3e-5, 1e-4), "seeds": (1, 2), "puzzles": 120, "samples": 4, "processes": 2, "methods": FOUR},
     "long": {"sft_rows": 88000, "sft_batch": 16, "start": 0.2, "rollouts": 32, "steps": 100, "sweep_steps": 40}
-    | {"rates": (3e-5, 1e-4, 3e-4), "seeds": (1, 2, 3), "puzzles": 240, "samples": 4, "processes": 1, "methods": FIVE}
+    | {"rates": (3e-5, 1e-4, 3e-4), "seeds": (1, 2, 3), "puzzles": 240, "samples": 4, "processes": 1, "methods": SIX}
     | {"keep_every": 8, "vocab_size": 2048, "pool": 256, "chat": False}
     | {"sft": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"}},
     "gpu": {"sft_rows": 12800, "sft_batch": 32, "student_steps": 24, "rollouts": 128, "steps": 60, "sweep_steps": 20}
