@@ -44,6 +44,7 @@ METHODS = (
     "on-policy distillation",
     "on-policy distillation, bounded",
     "RLAD + named",
+    comparison.EVERYWHERE,
     "offline distillation",
 )
 # Read off the cases by eye: `contradicted_failed` is .99 where only naming helped and at most .48 elsewhere,
@@ -158,10 +159,10 @@ def quote():
             f"{gain(trusted, 'RLAD + named, trusted', -1)}.",
             "student_entropy": "On two half-learned students RLAD gained "
             f"{' and '.join(gain(case, 'RLAD') for case in HALF)} points over GRPO, and "
-            f"{' and '.join(gain(case, 'RLAD + named') for case in HALF)} if the teacher named too. They had "
+            f"{' and '.join(gain(case, comparison.EVERYWHERE) for case in HALF)} if the teacher named too. They had "
             f"{' and '.join(f'{entropy[case]:.2f}' for case in HALF)} nats; where RLAD gained nothing it was "
             f"{max(entropy[case] for case in CASES if case not in HALF):.2f} at most. A third one, afterwards, with "
-            f"{entropy[soft]:.2f} nats: {gain(soft, 'RLAD')} and {gain(soft, 'RLAD + named')}.",
+            f"{entropy[soft]:.2f} nats: {gain(soft, 'RLAD')} and {gain(soft, comparison.EVERYWHERE)}.",
             "teacher_accuracy": "From a teacher that was right on a quarter of the prompts, these two gained "
             f"{' and '.join(gain(case, 'RLAD + named, trusted') for case in by_flawed)} points with teacher_weight; "
             f"without it they ended {' and '.join(gain(case, 'RLAD + named', -1) for case in by_flawed)} below GRPO.",

@@ -45,7 +45,7 @@ DEFAULTS = {field.name: field.default for field in fields(RLADConfig) if field.n
 CALLED = {
     "GRPO": ["grpo"],
     "RLAD": ["rlad"],
-    "the teacher names": ["rlad_named", "grpo_named"],
+    "the teacher names": ["rlad_named", "rlad_named_all", "grpo_named"],
     "credit": ["credit"],
     "KDRL": ["kdrl", "kdrl_bounded"],
     "on-policy distillation": ["opd", "opd_bounded", "opd_forward"],

@@ -16,7 +16,7 @@ OFFLINE = "offline"
 WORDS = {
     "grpo": "GRPO, without this teacher",
     "rlad": "RLAD: the teacher grades each token that the student sampled",
-    "rlad_named": "RLAD, and where the student failed the teacher names what it would have said",
+    "rlad_named_all": "RLAD, and the teacher names what it would have said",
     "opd_forward": "on-policy distillation: the teacher names what it would have said, and no reward",
     "distil_then_rlad": "distil on the student's own rollouts first, then RLAD",
     OFFLINE: "offline: the student imitates the teacher's right answers; then probe again",
@@ -73,10 +73,10 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
     flawed = names and (
         reaches("contradicted_succeeded") or (accuracy is not None and not reaches("teacher_accuracy"))
     )
-    loss = "rlad_named" if names else "grpo"
+    loss = "rlad_named_all" if names else "grpo"
     if knows and not names and reaches("student_entropy") and reaches("signal"):
         flawed = accuracy is not None and not reaches("teacher_accuracy")
-        loss = "rlad" if accuracy is None else "rlad_named"
+        loss = "rlad" if accuracy is None else "rlad_named_all"
     if reaches("teacher_rescues") and (accuracy is None or accuracy.value >= 0.5):
         return Choice(OFFLINE, loss, flawed, tuple(turned))
     return Choice(loss, "", flawed, tuple(turned))
