@@ -67,7 +67,7 @@ METHODS = {
     "RLAD + named, trusted": read_method("rlad_named"),  # with the column `teacher_weight`
     "RLAD + named, 0.1": read_method("rlad_named") | {"teacher_kl_coef": 0.1},
     "on-policy distillation, bounded": read_method("opd_bounded"),
-    "RLAD + named everywhere": read_method("rlad_named") | {"teacher_kl_on": "all"},
+    "RLAD + named everywhere": read_method("rlad_named_all"),
 }
 FOUR = list(METHODS)[:4]
 SIX = [name for name in METHODS if not name.endswith("trusted")]

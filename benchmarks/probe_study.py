@@ -140,12 +140,16 @@ def quote():
         points, plus_minus = study[case][method]
         return f"{sign * points:.1f} ± {plus_minus:.1f}"
 
+    def both(cases, method, sign=1):
+        return " and ".join(gain(case, method, sign) for case in cases)
+
     def span(values):
         return f"{min(values):.0f} to {max(values):.0f}"
 
     costs = span([-study[case]["RLAD + named"][0] for case in flawed])
     by_flawed = [(student, "flawed") for student, _ in HALF]  # right on a quarter of the chains
-    study |= {case: gains(*case, comparison.METHODS) for case in by_flawed}
+    pool = ("half_gpt_64", "strong")
+    study |= {case: gains(*case, comparison.METHODS) for case in [*by_flawed, pool]}
     return {
         "source": "python benchmarks/probe_study.py --write",
         "basis": "eight pairs of small models",
@@ -157,18 +161,20 @@ def quote():
             "contradicted_succeeded": "A teacher that contradicts successes, or is often wrong, cost "
             f"{costs} points when it named everywhere; with teacher_weight at most "
             f"{gain(trusted, 'RLAD + named, trusted', -1)}.",
-            "student_entropy": "On two half-learned students RLAD gained "
-            f"{' and '.join(gain(case, 'RLAD') for case in HALF)} points over GRPO, and "
-            f"{' and '.join(gain(case, comparison.EVERYWHERE) for case in HALF)} if the teacher named too. They had "
+            "student_entropy": f"On two half-learned students RLAD gained {both(HALF, 'RLAD')} points over GRPO, and "
+            f"{both(HALF, comparison.EVERYWHERE)} if the teacher named too, on all completions. They had "
             f"{' and '.join(f'{entropy[case]:.2f}' for case in HALF)} nats; where RLAD gained nothing it was "
             f"{max(entropy[case] for case in CASES if case not in HALF):.2f} at most. A third one, afterwards, with "
             f"{entropy[soft]:.2f} nats: {gain(soft, 'RLAD')} and {gain(soft, comparison.EVERYWHERE)}.",
             "teacher_accuracy": "From a teacher that was right on a quarter of the prompts, these two gained "
-            f"{' and '.join(gain(case, 'RLAD + named, trusted') for case in by_flawed)} points with teacher_weight; "
-            f"without it they ended {' and '.join(gain(case, 'RLAD + named', -1) for case in by_flawed)} below GRPO.",
+            f"{both(by_flawed, 'RLAD + named, trusted')} points with teacher_weight where it named what failed alone, "
+            f"and {both(by_flawed, f'{comparison.EVERYWHERE}, trusted')} where it named everywhere; without "
+            f"teacher_weight they ended {both(by_flawed, 'RLAD + named', -1)} below GRPO.",
             "teacher_rescues": f"Offline distillation was best in {best_in} of {len(CASES)} cases, by {span(offline)} "
             "points over GRPO, and better alone than with half of its steps given to RLAD "
-            f"({gain(sure, 'offline distillation')} against {gain(sure, 'offline, then RLAD + named')}).",
+            f"({gain(sure, 'offline distillation')} against {gain(sure, 'offline, then RLAD + named')}). Of 64 "
+            f"prompts, used again and again, it gained {gain(pool, 'offline distillation')}, and a teacher that named "
+            f"{gain(pool, 'RLAD + named')}.",
         },
         "limits": LIMITS,
         "settings": {name: read_method(name) for name in WORDS if name != OFFLINE},

@@ -221,29 +221,30 @@ SOFT = {"contradicted_failed": 0.1, "student_entropy": 0.35, "signal": 0.5}  # e
 @pytest.mark.parametrize(
     ("changes", "first", "then", "where_right"),
     [
-        ({}, "rlad_named_all", "", False),
-        ({"contradicted_failed": 0.75}, "rlad_named_all", "", False),
+        ({}, "rlad_named", "", False),
+        ({"contradicted_failed": 0.75}, "rlad_named", "", False),
         ({"contradicted_failed": 0.74}, "grpo", "", False),
         ({"contradicted_failed": float("nan")}, "grpo", "", False),
-        ({"contradicted_succeeded": 0.04}, "rlad_named_all", "", False),
-        ({"contradicted_succeeded": 0.05}, "rlad_named_all", "", True),
-        ({"gap": 0.0}, "rlad_named_all", "", False),
-        ({"beyond_clip": 0.0}, "rlad_named_all", "", False),
-        ({"gap": 0.01, "beyond_clip": 0.0}, "rlad_named_all", "", False),
+        ({"contradicted_succeeded": 0.04}, "rlad_named", "", False),
+        ({"contradicted_succeeded": 0.05}, "rlad_named", "", True),
+        ({"gap": 0.0}, "rlad_named", "", False),
+        ({"beyond_clip": 0.0}, "rlad_named", "", False),
+        ({"gap": 0.01, "beyond_clip": 0.0}, "rlad_named", "", False),
         ({"gap": 0.0, "beyond_clip": 0.0, "teacher_rescues": 1.0}, "grpo", "", False),
         ({"teacher_accuracy": 0.0, "teacher_rescues": 0.0}, "grpo", "", False),
         ({"teacher_accuracy": 0.9, "teacher_rescues": 0.2}, "rlad_named_all", "", False),
-        ({"teacher_accuracy": 0.89, "teacher_rescues": 0.25}, OFFLINE, "rlad_named_all", True),
+        ({"teacher_accuracy": 0.9, "contradicted_succeeded": 0.05}, "rlad_named", "", True),
+        ({"teacher_accuracy": 0.89, "teacher_rescues": 0.25}, OFFLINE, "rlad_named", True),
         ({"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, OFFLINE, "rlad_named_all", False),
         ({"contradicted_failed": 0.1, "teacher_accuracy": 0.67, "teacher_rescues": 0.66}, OFFLINE, "grpo", False),
         (SOFT, "rlad", "", False),
         (SOFT | {"student_entropy": 0.34}, "grpo", "", False),
         (SOFT | {"signal": 0.49}, "grpo", "", False),
-        (SOFT | {"contradicted_failed": 0.99}, "rlad_named_all", "", False),
+        (SOFT | {"contradicted_failed": 0.99}, "rlad_named", "", False),
         (SOFT | {"teacher_accuracy": 0.9}, "rlad_named_all", "", False),
-        (SOFT | {"teacher_accuracy": 0.89}, "rlad_named_all", "", True),
-        (SOFT | {"teacher_accuracy": 0.5, "teacher_rescues": 0.25}, OFFLINE, "rlad_named_all", True),
-        (SOFT | {"teacher_accuracy": 0.49, "teacher_rescues": 0.25}, "rlad_named_all", "", True),
+        (SOFT | {"teacher_accuracy": 0.89}, "rlad_named", "", True),
+        (SOFT | {"teacher_accuracy": 0.5, "teacher_rescues": 0.25}, OFFLINE, "rlad_named", True),
+        (SOFT | {"teacher_accuracy": 0.49, "teacher_rescues": 0.25}, "rlad_named", "", True),
         (SOFT | {"teacher_accuracy": 0.0}, "grpo", "", False),
         (SOFT | {"teacher_accuracy": 0.98, "teacher_rescues": 1.0}, OFFLINE, "rlad_named_all", False),
     ],
@@ -260,7 +261,7 @@ def test_the_bounds_of_the_rule(changes, first, then, where_right):
 
 def test_every_method_that_may_be_advised_has_its_settings_and_each_bound_its_figure():
     assert STUDY["settings"] == {name: read_method(name) for name in WORDS if name != OFFLINE}
-    assert {"grpo", "rlad", "rlad_named_all", "opd_forward", "distil_then_rlad", OFFLINE} == WORDS.keys()
+    assert {"grpo", "rlad", "rlad_named", "rlad_named_all", "opd_forward", "distil_then_rlad", OFFLINE} == WORDS.keys()
     assert STUDY["bounds"].keys() >= STUDY["evidence"].keys()
 
 
@@ -295,33 +296,33 @@ def test_how_sure_that_is(figures, starts, has):
 @pytest.mark.parametrize(
     ("script", "arguments", "config", "pasted"),
     [
-        ("my.py", [], {}, "teacher_kl_coef=1.0, teacher_kl='forward'"),
+        ("my.py", [], {}, "teacher_kl_coef=1.0, teacher_kl='forward', teacher_kl_on='failed'"),
         ("my.py", ["student", "--verbose"], {"alpha": 0.7, "teacher_kl": "forward", "teacher_kl_on": "failed"},
-         "alpha=0.5, teacher_kl_coef=1.0, teacher_kl_on='all'"),
-        ("my.py", ["--output_dir", "out"], {}, "--teacher_kl_coef 1.0 --teacher_kl forward"),
+         "alpha=0.5, teacher_kl_coef=1.0"),
+        ("my.py", ["--output_dir", "out"], {}, "--teacher_kl_coef 1.0 --teacher_kl forward --teacher_kl_on failed"),
         ("my.py", ["--config", "a.yaml"], {},
-         "in your file:\nteacher_kl_coef: 1.0\nteacher_kl: forward"),
+         "in your file:\nteacher_kl_coef: 1.0\nteacher_kl: forward\nteacher_kl_on: failed"),
         ("my.py", ["--config", "a.yaml", "--teacher-kl=reverse"], {},
-         "--teacher_kl_coef 1.0 --teacher_kl forward"),
-        ("train", [], {}, "trl-rlad train --teacher_kl_coef 1.0 --teacher_kl forward"),
+         "--teacher_kl_coef 1.0 --teacher_kl forward --teacher_kl_on failed"),
+        ("train", [], {}, "trl-rlad train --teacher_kl_coef 1.0 --teacher_kl forward --teacher_kl_on failed"),
         ("train", ["--task_kwargs", '{"a": 1}'],
-         {"teacher_kl": "forward", "teacher_kl_coef": 0.1, "teacher_kl_coef_final": 0.5},
+         {"teacher_kl": "forward", "teacher_kl_on": "failed", "teacher_kl_coef": 0.1, "teacher_kl_coef_final": 0.5},
          """trl-rlad train --task_kwargs '{"a": 1}' --teacher_kl_coef 1.0 --teacher_kl_coef_final 1.0"""),
         ("train", ["--seed", "3"], {"named": True}, "as you have it: trl-rlad train --seed 3"),
         ("my.py", ["--seed", "3"], {"named": True}, "as you have it"),
     ],
 )  # fmt: skip
 def test_what_is_to_be_changed_can_be_pasted(script, arguments, config, pasted, tmp_path):
-    config = read_method("rlad_named_all") if "named" in config else config
+    config = read_method("rlad_named") if "named" in config else config
     now = tiny.make_config(tmp_path, **config)
     assert settings_to_paste(recommend(make_figures()), now, script, arguments) == pasted
 
 
 def test_a_teacher_that_may_be_wrong_needs_its_column_too(tmp_path):
     advice, now = recommend(make_figures(contradicted_succeeded=0.3)), tiny.make_config(tmp_path)
-    column = "teacher_kl='forward'  # and a column `teacher_weight` in the dataset"
+    column = "teacher_kl_on='failed'  # and a column `teacher_weight` in the dataset"
     assert settings_to_paste(advice, now, "my.py", []).endswith(column)
-    assert settings_to_paste(advice, now, "train", []).endswith("--teacher_kl forward --teacher_samples 4")
+    assert settings_to_paste(advice, now, "train", []).endswith("--teacher_kl_on failed --teacher_samples 4")
     asked = ["--teacher_samples", "8"]
     assert settings_to_paste(advice, now, "train", asked).startswith(
         "trl-rlad train --teacher_samples 8 --teacher_kl_coef"

@@ -16,7 +16,8 @@ OFFLINE = "offline"
 WORDS = {
     "grpo": "GRPO, without this teacher",
     "rlad": "RLAD: the teacher grades each token that the student sampled",
-    "rlad_named_all": "RLAD, and the teacher names what it would have said",
+    "rlad_named": "RLAD, and where the student failed the teacher names what it would have said",
+    "rlad_named_all": "RLAD, and the teacher names what it would have said, on all completions",
     "opd_forward": "on-policy distillation: the teacher names what it would have said, and no reward",
     "distil_then_rlad": "distil on the student's own rollouts first, then RLAD",
     OFFLINE: "offline: the student imitates the teacher's right answers; then probe again",
@@ -53,7 +54,8 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
     1. A teacher that is the student, to rounding, has nothing to say: GRPO.
     2. One that contradicts what the student is sure of in most failures names, in the loss, what it would have said,
        unless none of its own answers is right.
-    3. If it contradicts successes too, or is itself often wrong, it is believed only where it is right.
+    3. If it contradicts successes too, or is itself often wrong, it is believed only where it is right, and names only
+       where the student failed. If it was seen to be right, it names on all completions.
     4. Where it contradicts little, a soft student whose groups are mixed learns from its grades: RLAD; and from what
        it names, if its own answers were seen: wherever they are right. Elsewhere: GRPO.
     5. Before that, if it answers prompts on which the student fails throughout, and at least half of all: imitate its
@@ -73,10 +75,12 @@ def choose(figures: dict[str, Estimate], bounds: dict[str, float] = STUDY["bound
     flawed = names and (
         reaches("contradicted_succeeded") or (accuracy is not None and not reaches("teacher_accuracy"))
     )
-    loss = "rlad_named_all" if names else "grpo"
+    loss = "rlad_named" if names else "grpo"
     if knows and not names and reaches("student_entropy") and reaches("signal"):
         flawed = accuracy is not None and not reaches("teacher_accuracy")
-        loss = "rlad" if accuracy is None else "rlad_named_all"
+        loss = "rlad" if accuracy is None else "rlad_named"
+    if loss == "rlad_named" and accuracy is not None and not flawed:
+        loss = "rlad_named_all"
     if reaches("teacher_rescues") and (accuracy is None or accuracy.value >= 0.5):
         return Choice(OFFLINE, loss, flawed, tuple(turned))
     return Choice(loss, "", flawed, tuple(turned))
