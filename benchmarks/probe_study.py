@@ -134,6 +134,7 @@ def quote():
     offline = [study[case]["offline distillation"][0] for case in CASES]
     elsewhere = [100 * share for (student, _), share in contradicted.items() if student in ("hasty", "sheltered")]
     best_in = sum(max(study[case].values())[0] == best for case, best in zip(CASES, offline, strict=True))
+    worst = min(read_figure("teacher_accuracy")[case] for case in CASES)
     trusted = max((-study[case]["RLAD + named, trusted"][0], case) for case in flawed)[1]
 
     def gain(case, method, sign=1):
@@ -155,26 +156,27 @@ def quote():
         "basis": "eight pairs of small models",
         "bounds": BOUNDS,
         "evidence": {
-            "contradicted_failed": f"Naming gained {gain(sure, 'RLAD + named')} points over GRPO where "
-            f"contradicted_failed was {contradicted[sure]:.0%}, and nothing at {span(elsewhere)}%; afterwards, "
+            "contradicted_failed": f"To sure students naming gained {gain(sure, 'RLAD + named')} points over GRPO "
+            f"where contradicted_failed was {contradicted[sure]:.0%}, and nothing at {span(elsewhere)}%; afterwards, "
             f"at {contradicted[far]:.0%}, {gain(far, 'RLAD + named')}.",
             "contradicted_succeeded": "A teacher that contradicts successes, or is often wrong, cost "
-            f"{costs} points when it named everywhere; with teacher_weight at most "
+            f"{costs} points when it named what failed without teacher_weight; with it at most "
             f"{gain(trusted, 'RLAD + named, trusted', -1)}.",
             "student_entropy": f"On two half-learned students RLAD gained {both(HALF, 'RLAD')} points over GRPO, and "
             f"{both(HALF, comparison.EVERYWHERE)} if the teacher named too, on all completions. They had "
             f"{' and '.join(f'{entropy[case]:.2f}' for case in HALF)} nats; where RLAD gained nothing it was "
             f"{max(entropy[case] for case in CASES if case not in HALF):.2f} at most. A third one, afterwards, with "
-            f"{entropy[soft]:.2f} nats: {gain(soft, 'RLAD')} and {gain(soft, comparison.EVERYWHERE)}.",
+            f"{entropy[soft]:.2f} nats: {gain(soft, 'RLAD')} and {gain(soft, comparison.EVERYWHERE)}; a far one, with "
+            f"{entropy[far]:.2f}: {gain(far, 'RLAD')} and {gain(far, comparison.EVERYWHERE)}.",
             "teacher_accuracy": "From a teacher that was right on a quarter of the prompts, these two gained "
             f"{both(by_flawed, 'RLAD + named, trusted')} points with teacher_weight where it named what failed alone, "
             f"and {both(by_flawed, f'{comparison.EVERYWHERE}, trusted')} where it named everywhere; without "
             f"teacher_weight they ended {both(by_flawed, 'RLAD + named', -1)} below GRPO.",
-            "teacher_rescues": f"Offline distillation was best in {best_in} of {len(CASES)} cases, by {span(offline)} "
-            "points over GRPO, and better alone than with half of its steps given to RLAD "
-            f"({gain(sure, 'offline distillation')} against {gain(sure, 'offline, then RLAD + named')}). Of 64 "
-            f"prompts, used again and again, it gained {gain(pool, 'offline distillation')}, and a teacher that named "
-            f"{gain(pool, 'RLAD + named')}.",
+            "teacher_rescues": f"Offline distillation was best in {best_in} of {len(CASES)} cases (new prompts, a "
+            f"teacher that is right on {worst:.0%} at least), by {span(offline)} points over GRPO, and better alone "
+            f"than with half of its steps given to RLAD ({gain(sure, 'offline distillation')} against "
+            f"{gain(sure, 'offline, then RLAD + named')}). Of 64 prompts, used again and again, it gained "
+            f"{gain(pool, 'offline distillation')}, and a teacher that named {gain(pool, 'RLAD + named')}.",
         },
         "limits": LIMITS,
         "settings": {name: read_method(name) for name in WORDS if name != OFFLINE},
