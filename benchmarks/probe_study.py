@@ -82,7 +82,7 @@ def gains(student, teacher, methods=METHODS):
     found = {}
     for method in methods:
         of_method = tables.pick(runs, method, teacher, rates.get(method), plan["seeds"]) if method in rates else []
-        if of_method:
+        if len(of_method) == len(grpo):  # all seeds have run
             differences = [100 * (tables.final(a) - tables.final(b)) for a, b in zip(of_method, grpo, strict=True)]
             found[method] = mean(differences), tables.interval(differences)
     return found
