@@ -440,20 +440,21 @@ def main():
     plans = [make_plan(bed) for bed in args.bed]
     if args.quick:
         plans = [plan | (QUICK if plan["student"] in STUDENTS else REGIME_QUICK) for plan in plans]
+    asked = plans
     if args.methods:
-        plans = [
+        asked = [
             plan | {name: [m for m in plan[name] if m in args.methods] for name in ("methods", "flawed")}
-            for plan in plans
+            for plan in asked
         ]
     if args.rates:
-        plans = [plan | {"rates": [rate for rate in plan["rates"] if rate in args.rates]} for plan in plans]
+        asked = [plan | {"rates": [rate for rate in plan["rates"] if rate in args.rates]} for plan in asked]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the processes that train
     if args.sweep:
-        sweep(plans, args.output_dir)
+        sweep(asked, args.output_dir)
         return
-    results = read_results(args.output_dir / "runs.jsonl") if args.report else study(plans, args.output_dir)
+    results = read_results(args.output_dir / "runs.jsonl") if args.report else study(asked, args.output_dir)
     for plan in plans:
         name = f"comparison_{plan['student']}" + "_quick" * args.quick
         report(*split(results, plan), plan, args.output_dir / f"{name}.md", COMMAND)
