@@ -127,6 +127,7 @@ def leave_out(study, figure):
 def quote():
     """What `trl_rlad.reports.advice` goes by and says of the study, in points of accuracy over or below GRPO's."""
     contradicted, entropy = read_figure("contradicted_failed"), read_figure("student_entropy")
+    accuracy = read_figure("teacher_accuracy")
     study = {case: gains(*case, comparison.METHODS) for case in PAIRS}
     soft, far = LATER
     flawed = [case for case in CASES if case[1] == "flawed"]
@@ -134,7 +135,7 @@ def quote():
     offline = [study[case]["offline distillation"][0] for case in CASES]
     elsewhere = [100 * share for (student, _), share in contradicted.items() if student in ("hasty", "sheltered")]
     best_in = sum(max(study[case].values())[0] == best for case, best in zip(CASES, offline, strict=True))
-    worst = min(read_figure("teacher_accuracy")[case] for case in CASES)
+    worst = min(accuracy[case] for case in CASES)
     trusted = max((-study[case]["RLAD + named, trusted"][0], case) for case in flawed)[1]
 
     def gain(case, method, sign=1):
